@@ -1,0 +1,283 @@
+"""Every setting of a training run, in one place.
+
+Edit the values here, or give any of them as a flag: `python train.py --model pspnet --image_size 256 256`.
+The defaults train on the small data set in `mock_data/`; the remarks say what to use on real pictures.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+BACKBONES = {  # model: (its backbones, the one that None stands for)
+    "deeplabv3plus": (("resnet18", "resnet34", "resnet50", "resnet101"), "resnet50"),
+    "pspnet": (("resnet18", "resnet34", "resnet50", "resnet101"), "resnet50"),
+    "fcn": (
+        ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
+        "vgg16_bn",  # without batch normalisation it hardly trains from random weights
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run's settings: a field a line, with what it means, its unit and its choices."""
+
+    # fmt: off  (a field a line; its remark may go on in the lines below)
+
+    # Data
+    data_root: str = "mock_data"  # folder with {train,val}/{images,masks}
+    num_classes: int = 4  # number of classes, background included; 2 or more
+    class_names: tuple[str, ...] | None = ("background", "disk", "square", "triangle")  # one a class;
+    # None: class_0, class_1, ...
+    class_colors: tuple[tuple[int, int, int], ...] | None = None  # one red,green,blue a class, 0 to 255;
+    # None: chosen for you
+    in_channels: int = 3  # channels of the pictures: 1 grey, 3 colour, 4 with alpha or infrared
+    image_size: tuple[int, int] | int = (128, 128)  # height and width that the network sees, in pixels; one
+    # number: a square. Real pictures: 256 to 512
+    resize: Literal["stretch", "letterbox", "crop"] = "stretch"  # how a picture becomes image_size: both
+    # sides stretched, shape kept and padded, or windows cut at native scale
+    labels: str = "auto"  # how masks encode classes: auto, snap (auto, lossy masks too), or a map such as
+    # 0=0,255=1 or #000000=0,#ff0000=1
+    mask_suffix: str = ""  # what a mask's name has after its picture's: "_mask" pairs cat.jpg with
+    # cat_mask.png
+    ignore_index: int = 255  # mask value that counts nowhere: void, unlabelled
+    cache: Literal["auto", "ram", "disk", "off"] = "auto"  # where decoded and resized pictures are kept, so
+    # that each is decoded once; auto: ram if it fits, else disk
+    cache_dir: str | None = None  # folder of the disk cache and of the check's results; None: .cache in
+    # output_dir
+
+    # Augmentation (training pictures only)
+    hflip: float = 0.5  # probability of a flip left to right; 0 where left and right differ in meaning
+    vflip: float = 0.0  # probability of a flip upside down; 0.5 for pictures from above and under the
+    # microscope
+    scale: tuple[float, float] = (0.75, 1.5)  # lowest and highest zoom, drawn anew each time, then cut or
+    # padded to image_size; 1 1: off
+    rotate: float = 0.0  # largest rotation in degrees, either way; 10 is usual for street scenes, 180 for
+    # pictures from above
+    color_jitter: float = 0.2  # strength of random brightness, contrast and saturation, 0 to 1; 0: off
+
+    # Model
+    model: Literal["unet", "deeplabv3plus", "pspnet", "fcn", "segnet"] = "unet"  # the network
+    backbone: str | None = None  # resnet18, 34, 50, 101 (deeplabv3plus, pspnet) or vgg11, 13, 16, 19, each
+    # also with _bn (fcn); None: resnet50, vgg16_bn
+    pretrained: str = "none"  # first weights of the backbone: none (random), imagenet (downloaded by
+    # torchvision), or a state-dict file
+    output_stride: Literal[8, 16, 32] | None = None  # pixels of the picture a pixel of the deepest features
+    # (deeplabv3plus, pspnet); None: the paper's, 16 and 8
+    separable: bool = False  # depthwise separable convolutions in ASPP and decoder (deeplabv3plus): fewer
+    # parameters
+    fcn_variant: Literal["8s", "16s", "32s"] = "8s"  # stride of the finest scores (fcn): 8s is finest
+    base_channels: int = 16  # channels of the first level (unet, segnet), doubled level by level; the papers
+    # have 64
+    bilinear: bool = False  # bilinear upsampling instead of transposed convolutions (unet)
+    aux_weight: float = 0.4  # weight of the auxiliary loss on layer3 while training (pspnet); 0: none
+    dropout: float | None = None  # dropout probability; None: the paper's for each network
+    freeze_backbone: bool = False  # keep the backbone's weights and statistics as they are (with pretrained
+    # or init_from)
+    init_from: str | None = None  # checkpoint whose weights this run starts from; what does not fit is listed
+    # and left at random
+
+    # Loss
+    loss: Literal["ce", "weighted_ce", "focal", "dice", "joint"] = "joint"  # cross entropy, class-weighted,
+    # focal, Dice, or Dice and one of the first three
+    joint_ce: Literal["ce", "weighted_ce", "focal"] = "ce"  # the cross-entropy form inside joint
+    class_weights: Literal["auto"] | tuple[float, ...] | None = None  # auto (median frequency, from the
+    # training masks) or one number a class; None: auto for weighted_ce, equal for focal
+    focal_gamma: float = 2.0  # how much focal loss turns to hard pixels; 0 is plain cross entropy
+    dice_weight: float = 0.5  # share of Dice in joint, 0 to 1; the cross entropy has the rest
+
+    # Optimizer and schedule
+    optimizer: Literal["adam", "sgd", "rmsprop"] = "adam"  # adam is the safe choice; sgd with learning_rate
+    # 0.01 and poly is what most papers used
+    learning_rate: float = 0.002  # at the start (after warm-up); real pictures: adam 0.0003 to 0.001, sgd
+    # 0.01, rmsprop 0.0001
+    backbone_lr_scale: float = 1.0  # factor on the backbone's learning rate; 0.1 with pretrained weights
+    weight_decay: float = 1e-4  # L2 penalty on convolution weights; biases and normalisation have none
+    momentum: float = 0.9  # of sgd (Nesterov) and rmsprop
+    scheduler: Literal["step", "poly", "plateau", "none"] = "poly"  # how the learning rate falls: in steps,
+    # to zero at the end, when the score stalls, or not
+    warmup_steps: int = 10  # optimizer steps over which the learning rate rises from zero first; real runs:
+    # 100 to 1000
+    step_size: int = 30  # epochs between two drops (scheduler step)
+    step_gamma: float = 0.1  # factor of each drop (scheduler step)
+    poly_power: float = 0.9  # learning_rate x (1 - step / steps) to this power (scheduler poly)
+    plateau_factor: float = 0.5  # factor of each drop (scheduler plateau)
+    plateau_patience: int = 5  # validations without a better score before a drop (scheduler plateau)
+
+    # Run
+    epochs: int = 40  # passes over the training pictures; real data from random weights: 100 to 500
+    batch_size: int = 8  # pictures a step, over all processes together
+    accumulate: int = 1  # parts that a batch is computed in, one after the other, to save memory
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: bf16 where the GPU or the
+    # CPU computes in it, else off
+    channels_last: bool = True  # memory layout of convolutions; faster nearly everywhere
+    compile: bool = False  # torch.compile: a minute at the start, then faster on a GPU; no gain on a CPU
+    clip_grad: float = 0.0  # largest norm of the gradient; 0: no limit
+    ema_decay: float = 0.0  # average of the weights over steps, used for validation and prediction; 0: off,
+    # 0.999 is usual
+    val_every: int = 1  # epochs between two validations; the last epoch always validates
+    early_stop: int = 0  # stop after this many validations without a better score; 0: never
+    monitor: Literal["iou", "dice"] = "iou"  # the mean score that decides what best.pt is
+    num_workers: int | None = None  # processes that load pictures; 0: none; None: none where the pictures are
+    # cached, else a few
+    device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
+    seed: int = 0  # start of every random draw
+    deterministic: bool = False  # same numbers on a GPU in every run, at some speed; on a CPU they are so
+    # anyway
+    output_dir: str = "runs"  # folder of all runs
+    run_name: str | None = None  # this run's folder in output_dir; None: model, date and time
+    resume: str | None = None  # a run's folder, or auto (the newest unfinished one), to go on with
+    save_every_minutes: float = 10.0  # minutes between two saves within an epoch; 0: only at an epoch's end
+    check: bool = False  # check the data, say what was found, and stop
+
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Bring `image_size` to (height, width) and refuse what cannot be, naming field, value and remedy."""
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        self._check_ranges()
+        self._check_lengths()
+        self._check_pairs()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name a class."""
+        return self.class_names or tuple(f"class_{c}" for c in range(self.num_classes))
+
+    @property
+    def backbone_name(self) -> str | None:
+        """The backbone that will be built; None where the model has no choice of one."""
+        return self.backbone or BACKBONES.get(self.model, (None, None))[1]
+
+    @property
+    def ce_form(self) -> str | None:
+        """The cross-entropy form in use, alone or inside joint; None for pure Dice."""
+        return {"joint": self.joint_ce, "dice": None}.get(self.loss, self.loss)
+
+    @property
+    def weighting(self) -> Literal["auto"] | tuple[float, ...] | None:
+        """Class weights as they apply: weighted_ce without numbers means auto."""
+        return "auto" if self.ce_form == "weighted_ce" and self.class_weights is None else self.class_weights
+
+    def _check_ranges(self) -> None:
+        ranges = {  # field: (lowest, highest)
+            **{name: (0.0, 1.0) for name in ("hflip", "vflip", "color_jitter", "dropout", "dice_weight")},
+            **{name: (0.0, 0.999999) for name in ("momentum", "ema_decay")},
+            **{
+                name: (1, None)
+                for name in ("in_channels", "base_channels", "epochs", "batch_size", "accumulate")
+            },
+            **{name: (1, None) for name in ("val_every", "step_size")},
+            **{name: (0, None) for name in ("warmup_steps", "plateau_patience", "early_stop", "num_workers")},
+            **{name: (0.0, None) for name in ("aux_weight", "focal_gamma", "weight_decay", "poly_power")},
+            **{name: (0.0, None) for name in ("clip_grad", "save_every_minutes", "backbone_lr_scale")},
+            "num_classes": (2, 65535),
+            "learning_rate": (1e-12, None),
+            "rotate": (0.0, 180.0),
+            "step_gamma": (1e-6, 1.0),
+            "plateau_factor": (1e-6, 0.999999),
+            "seed": (0, 2**63 - 1),
+            "ignore_index": (-(2**31), 2**31 - 1),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not ((low is None or value >= low) and (high is None or value <= high)):
+                wanted = f"{low} or more" if high is None else f"{low} to {high}"
+                raise ValueError(f"{name} must be {wanted}; got {value}")
+        if min(self.image_size) < 32:
+            raise ValueError(
+                f"image_size must be 32 pixels or more a side; got {self.image_size}. Give height and width"
+            )
+        low, high = self.scale
+        if not 0.1 <= low <= high <= 10:
+            raise ValueError(
+                f"scale must be a low and a high zoom between 0.1 and 10; got {low} {high}. 1 1 turns it off"
+            )
+
+    def _check_lengths(self) -> None:
+        for name in ("class_names", "class_colors", "class_weights"):
+            value = getattr(self, name)
+            if value is not None and value != "auto" and len(value) != self.num_classes:
+                raise ValueError(
+                    f"{name} must have one entry for each of the {self.num_classes} classes (num_classes); "
+                    f"got {len(value)}. Change it or num_classes" + (", or leave it out (None)")
+                )
+        if self.class_names and len(set(self.class_names)) < self.num_classes:
+            raise ValueError(f"class_names must differ from each other; got {', '.join(self.class_names)}")
+        if self.class_colors and not all(0 <= v <= 255 for color in self.class_colors for v in color):
+            raise ValueError(
+                "class_colors must be red, green, blue of 0 to 255; got " + str(self.class_colors)
+            )
+        weights = self.class_weights
+        if isinstance(weights, tuple) and not (all(w >= 0 for w in weights) and sum(weights) > 0):
+            raise ValueError(f"class_weights must not be negative, and not all 0; got {weights}")
+        if 0 <= self.ignore_index < self.num_classes:
+            raise ValueError(
+                f"ignore_index must be no class id (0 to {self.num_classes - 1}); got {self.ignore_index}. "
+                "255 is usual; the first value after the classes is the other habit"
+            )
+
+    def _check_pairs(self) -> None:
+        """Refuse a changed setting that the chosen model, loss or schedule does not have."""
+        applies = {  # field: (does it apply, what it belongs to)
+            "backbone": (self.model in BACKBONES, "deeplabv3plus, pspnet and fcn"),
+            "output_stride": (self.model in ("deeplabv3plus", "pspnet"), "deeplabv3plus and pspnet"),
+            "separable": (self.model == "deeplabv3plus", "deeplabv3plus"),
+            "fcn_variant": (self.model == "fcn", "fcn"),
+            "base_channels": (self.model in ("unet", "segnet"), "unet and segnet"),
+            "bilinear": (self.model == "unet", "unet"),
+            "aux_weight": (self.model == "pspnet", "pspnet"),
+            "pretrained": (
+                self.model != "unet",
+                "models with a backbone: deeplabv3plus, pspnet, fcn, segnet",
+            ),
+            "freeze_backbone": (
+                self.model != "unet",
+                "models with a backbone: deeplabv3plus, pspnet, fcn, segnet",
+            ),
+            "backbone_lr_scale": (
+                self.model != "unet",
+                "models with a backbone: deeplabv3plus, pspnet, fcn, segnet",
+            ),
+            "joint_ce": (self.loss == "joint", "loss joint"),
+            "dice_weight": (self.loss == "joint", "loss joint"),
+            "focal_gamma": (self.ce_form == "focal", "focal loss, alone or as joint_ce"),
+            "class_weights": (
+                self.ce_form in ("weighted_ce", "focal"),
+                "weighted_ce and focal, alone or as joint_ce",
+            ),
+            "momentum": (self.optimizer in ("sgd", "rmsprop"), "optimizer sgd and rmsprop"),
+            "step_size": (self.scheduler == "step", "scheduler step"),
+            "step_gamma": (self.scheduler == "step", "scheduler step"),
+            "poly_power": (self.scheduler == "poly", "scheduler poly"),
+            "plateau_factor": (self.scheduler == "plateau", "scheduler plateau"),
+            "plateau_patience": (self.scheduler == "plateau", "scheduler plateau"),
+        }
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, (does, owner) in applies.items():
+            value = getattr(self, name)
+            if value != defaults[name] and not does:
+                raise ValueError(
+                    f"{name} belongs to {owner}; got {value} with model {self.model}, loss {self.loss}, "
+                    f"optimizer {self.optimizer}, scheduler {self.scheduler}. Leave it at {defaults[name]}"
+                )
+        choices = BACKBONES.get(self.model, ((), None))[0]
+        if self.backbone is not None and self.backbone not in choices:
+            raise ValueError(
+                f"backbone of {self.model} must be one of {', '.join(choices)}; got {self.backbone!r}"
+            )
+        if self.model == "deeplabv3plus" and self.output_stride == 32:
+            raise ValueError(
+                "output_stride of deeplabv3plus must be 8 or 16; got 32. Leave it out for the paper's 16"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate must divide batch_size ({self.batch_size}); got {self.accumulate}. "
+                "It is the number of parts that a batch is computed in"
+            )
+        if self.freeze_backbone and self.pretrained == "none" and not self.init_from:
+            raise ValueError(
+                "freeze_backbone needs weights worth keeping; got none. Give pretrained or init_from"
+            )
+        if self.resume and self.init_from:
+            raise ValueError("resume goes on with a run, init_from starts a new one; got both. Leave one out")

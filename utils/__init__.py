@@ -1,0 +1,1 @@
+"""Tools of the two doors: settings, checkpoints, optimizers, run folder, pictures drawn."""

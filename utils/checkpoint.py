@@ -1,0 +1,131 @@
+"""Files that are whole or not there: everything this program writes goes through `write_atomic`.
+
+A file is written under a hidden name beside its place, flushed to the disk, then renamed, so that a kill, a full
+disk or a power cut leaves either the old file or the new one. Checkpoints are read in `models/checkpoint.py`.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1  # version of the checkpoint's layout; an unknown one is refused when read
+TEMPORARY = ".writing"  # ending of a file that is not whole yet
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let `write` fill a temporary file, then put it in the place of `path` in one move.
+
+    Raises:
+        OSError: no room, no right, no folder; what stood at `path` still stands.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_atomic` for text, in UTF-8."""
+    write_atomic(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """`write_atomic` for JSON that a person reads."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_image(path: Path, image: Any, **options: Any) -> None:
+    """`write_atomic` for a Pillow image, as PNG."""
+    encoded = io.BytesIO()
+    image.save(encoded, "png", **options)
+    write_atomic(path, lambda file: file.write(encoded.getbuffer()))
+
+
+def save_atomic(checkpoint: dict[str, Any], path: Path) -> None:
+    """`write_atomic` for a checkpoint of tensors, numbers, strings, lists and dicts.
+
+    Raises:
+        OSError: as `write_atomic`.
+        TypeError: something else is inside; it could not be read back without running foreign code.
+    """
+    _check_plain(checkpoint, "checkpoint")
+    write_atomic(path, lambda file: torch.save(checkpoint, file))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half written in a run's folder and the folders right below it."""
+    for pattern in (f".*{TEMPORARY}", f"*/.*{TEMPORARY}"):
+        for left in folder.glob(pattern):
+            left.unlink(missing_ok=True)
+
+
+def plain_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict under the names that the model's file gives, without what wrappers put in front."""
+    return {
+        name.replace("_orig_mod.", "").removeprefix("module."): value.detach().contiguous()
+        for name, value in model.state_dict().items()
+    }
+
+
+def first_non_finite(weights: dict[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or infinity; None where all are finite."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            return name
+    return None
+
+
+def load_fitting(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Load the weights whose name and shape fit into `model` and list the others, one line each."""
+    own = model.state_dict()
+    fitting = {
+        name: value for name, value in weights.items() if name in own and own[name].shape == value.shape
+    }
+    model.load_state_dict({**own, **fitting})
+    skipped = []
+    for name, value in weights.items():
+        if name not in own:
+            skipped.append(f"{name}: not in this model")
+        elif name not in fitting:
+            skipped.append(f"{name}: {tuple(value.shape)} there, {tuple(own[name].shape)} here")
+    return skipped + [f"{name}: not in the checkpoint" for name in own if name not in weights]
+
+
+def _check_plain(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if type(key) not in (str, int):
+                raise TypeError(
+                    f"{where} has the key {key!r}; keys of a checkpoint are strings or whole numbers"
+                )
+            _check_plain(item, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for at, item in enumerate(value):
+            _check_plain(item, f"{where}[{at}]")
+    elif not (value is None or type(value) in (str, int, float, bool, Tensor)):
+        raise TypeError(
+            f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values alone"
+        )
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system can (not on Windows)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,98 @@
+"""What the machine offers: which device, which precision, how many threads, and memory that is kept."""
+
+import ctypes
+import os
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory instead of handing it back and faulting it in again at every step.
+
+    Large tensors are otherwise mapped and unmapped by the kernel at each use. To be called before the first large
+    tensor; does nothing where the C library is another one.
+    """
+    if sys.platform != "linux" or "MALLOC_CONF" in os.environ or "LD_PRELOAD" in os.environ:
+        return  # another allocator may be in charge
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # musl
+        return
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names in malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 64 * 2**20)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the first GPU, or the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} is not to be had here: {why}. auto finds one") from error
+    return device
+
+
+def pick_precision(amp: str, device: torch.device) -> torch.dtype:
+    """The dtype that convolutions compute in: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: float16 on a CPU, which is slow and has no gradient scaling to speak of.
+    """
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("amp fp16 needs a GPU; got device cpu. Use bf16 or auto")
+    if amp == "auto":
+        if device.type == "cuda":
+            return (
+                torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            )
+        return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+    return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bfloat16 instructions; without them bfloat16 is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    except OSError:
+        return False
+    return any(flag in flags.split() for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    """Mixed precision in `precision`; off for float32."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words: the GPU's name and memory, or the CPU's threads."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory in use so far, in bytes: of the GPU's tensors, or of this process; 0 where it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # POSIX only
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
