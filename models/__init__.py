@@ -1,0 +1,76 @@
+"""Segmentation networks: logits = model(images). The folder needs torch alone and can be copied elsewhere."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from .checkpoint import read_checkpoint
+from .layers import check_choice
+from .unet import UNet
+
+MODELS: dict[str, type[nn.Module]] = {
+    "unet": UNet,
+}
+
+__all__ = ["MODELS", "UNet", "build_model", "load_model", "read_checkpoint"]
+
+
+def build_model(name: str, num_classes: int, in_channels: int = 3, **options: object) -> nn.Module:
+    """Build a network by its name, with random weights.
+
+    Args:
+        name: a key of `MODELS`.
+        num_classes: channels of the logits, background included.
+        in_channels: channels of the images.
+        **options: what the network's class takes beyond these, e.g. `backbone`, `base_channels`.
+
+    Raises:
+        ValueError: an unknown name or option, or a value that the network refuses.
+    """
+    check_choice("model", name, MODELS)
+    known = list(inspect.signature(MODELS[name]).parameters)[2:]  # after num_classes and in_channels
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else "Leave it out."
+            raise ValueError(f"{name} takes the options {', '.join(known)}; got {key!r}. {hint}")
+    return MODELS[name](num_classes, in_channels, **options)
+
+
+def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """Build the network that a checkpoint describes, with its weights (the averaged ones if it has them).
+
+    Args:
+        checkpoint: a `best.pt` or `last.pt` of a run.
+        device: where to put the network.
+
+    Returns:
+        The network in evaluation mode. `model.info` holds what the checkpoint knows beside the weights, by
+        attribute: `architecture`, and what the run wrote under info (`class_names`, `mean`, `std`, ...).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of another format, or does not fit the network it names.
+    """
+    content = read_checkpoint(checkpoint)
+    architecture = content["architecture"]
+    shape = (architecture["name"], architecture["num_classes"], architecture["in_channels"])
+    with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced at once
+        model = build_model(*shape, **architecture["options"])
+    weights = content["model"] if content.get("ema") is None else content["ema"]
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{checkpoint} does not fit the {architecture['name']} it describes: {reason}. "
+            f"Use the version of the code that wrote it."
+        ) from error
+    model.info = SimpleNamespace(**{**content["info"], "architecture": architecture})
+    return model.eval().to(device)

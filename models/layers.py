@@ -1,0 +1,114 @@
+"""Pieces that several networks share: convolution blocks, batch norm of pooled maps, checks, weights."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SMALLEST_SIDE = 32  # pixels; the encoders halve the picture five times
+
+
+class PooledBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm for maps pooled to 1x1, where a batch of one has no variance to normalise by.
+
+    With one value a channel the running statistics are used, in training too, and stay as they are.
+    Any other input is treated exactly as `nn.BatchNorm2d` would.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (N, C, H, W)."""
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+class ConvBNReLU(nn.Sequential):
+    """Convolution without bias, batch norm, ReLU; padded so that stride 1 keeps height and width."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, dilation: int = 1) -> None:
+        padding = dilation * (kernel // 2)
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class SeparableConvBNReLU(nn.Sequential):
+    """A 3x3 convolution a channel, then a 1x1 over the channels, each with batch norm and ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, dilation: int = 1) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, in_channels, 3, 1, dilation, dilation, groups=in_channels, bias=False),
+            nn.BatchNorm2d(in_channels),
+            nn.ReLU(inplace=True),
+            ConvBNReLU(in_channels, out_channels, kernel=1),
+        )
+
+
+def resize(x: Tensor, like: Tensor) -> Tensor:
+    """Resize `x` bilinearly to the height and width of `like` (half-pixel centres: `align_corners=False`)."""
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def check_images(images: Tensor, in_channels: int) -> None:
+    """Raise ValueError for a batch that no network here can take."""
+    if images.dim() != 4 or images.shape[1] != in_channels:
+        raise ValueError(
+            f"images must be (N, {in_channels}, H, W) for this model; got {tuple(images.shape)}. "
+            f"Build the model with the images' in_channels, or convert the images."
+        )
+    height, width = images.shape[-2:]
+    if height < SMALLEST_SIDE or width < SMALLEST_SIDE:
+        raise ValueError(
+            f"images must be at least {SMALLEST_SIDE} pixels high and wide; got {height} x {width}. "
+            f"Enlarge or pad them first."
+        )
+
+
+def check_numbers(num_classes: int, in_channels: int, dropout: float, base_channels: int = 1) -> None:
+    """Raise ValueError for a count or a probability out of range."""
+    for name, value, least in (
+        ("num_classes", num_classes, 2),
+        ("in_channels", in_channels, 1),
+        ("base_channels", base_channels, 1),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            hint = "Count the background as a class." if name == "num_classes" else "Give a larger number."
+            raise ValueError(f"{name} must be a whole number of {least} or more; got {value!r}. {hint}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1); got {dropout!r}. Give 0 to leave it out.")
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ValueError, with the near name if there is one, unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value in choices and not isinstance(value, bool):
+        return
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
+    raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}. {hint}")
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, mode: str = "fan_out") -> None:
+    """Give a network its initial weights: He normal convolutions, zero biases, batch norm 1 and 0.
+
+    Args:
+        module: changed in place.
+        mode: "fan_out" as in torchvision's ResNet and VGG, or "fan_in" as in He et al. 2015. Depthwise
+            convolutions always take "fan_in" (nine values): torch counts their outgoing ones wrongly.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            fan = "fan_in" if layer.groups > 1 else mode
+            nn.init.kaiming_normal_(layer.weight, mode=fan, nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
