@@ -1,0 +1,214 @@
+"""One confusion matrix over the whole split; every score is a ratio of its sums, taken at the end.
+
+With h[t, p] the number of valid pixels of true class t that were predicted as p, for class c: TP = h[c, c],
+FP = sum_t h[t, c] - TP, FN = sum_p h[c, p] - TP, and
+
+    IoU_c = TP / (TP + FP + FN)         Dice_c = 2 TP / (2 TP + FP + FN)         accuracy_c = TP / (TP + FN)
+
+A class that is neither present nor predicted (TP + FP + FN = 0) is n/a and leaves the means. These are the
+definitions of PASCAL VOC, Cityscapes and of FCN (Long et al., 2015, section 5), and of torchmetrics'
+JaccardIndex, but for the n/a, where it reports 0. Averages of ratios over batches (milesial, MONAI's default)
+are other numbers, which change with the batch size. The mean over pictures, the one such average with a
+meaning of its own, stands beside under its name.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_FIXED = (
+    1 << 40
+)  # a picture's score is kept as an integer multiple of 2^-40: such sums do not depend on order
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a confusion matrix says, as fractions in [0, 1]; NaN means n/a.
+
+    ``iou``, ``dice`` and ``accuracy`` are float64 arrays with one entry a class (accuracy: the part of the
+    class's pixels that were found; n/a where the truth has none). The means leave n/a out. ``_foreground``
+    leaves class 0 out too. ``frequency_weighted_iou`` weighs each IoU by the class's share of the true
+    pixels. ``picture_`` scores are means over pictures of each picture's own mean over the classes in its
+    truth or prediction. ``baseline_`` is what predicting the split's most frequent class everywhere would
+    score.
+    """
+
+    iou: np.ndarray
+    dice: np.ndarray
+    accuracy: np.ndarray
+    mean_iou: float
+    mean_dice: float
+    pixel_accuracy: float
+    mean_accuracy: float
+    frequency_weighted_iou: float
+    mean_iou_foreground: float
+    mean_dice_foreground: float
+    picture_mean_iou: float
+    picture_mean_dice: float
+    baseline_iou: float
+    baseline_accuracy: float
+
+
+class ConfusionMatrix:
+    """Counts of (truth, prediction) pairs, kept on the device, additive over batches and processes.
+
+    Args:
+        num_classes: number of classes C.
+        ignore_index: label of the pixels that count for nothing.
+        device: where the predictions will be.
+
+    Attributes:
+        counts: int64 (C, C); rows are the truth, columns the prediction.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255, device: str | torch.device = "cpu"):
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.device = torch.device(device)
+        self.reset()
+
+    def reset(self):
+        """Forget all counts."""
+        # the matrix; then pictures with a valid pixel, sums of their mean IoU and Dice, pixels with a wrong id
+        self._sums = torch.zeros(self.num_classes**2 + 4, dtype=torch.int64, device=self.device)
+
+    @property
+    def counts(self) -> Tensor:
+        """The matrix, int64 (C, C), rows truth, columns prediction."""
+        return self._sums[:-4].view(self.num_classes, self.num_classes)
+
+    @torch.no_grad()
+    def update(self, preds: Tensor, masks: Tensor):
+        """Count the pixels of a batch, without waiting for the device.
+
+        Args:
+            preds: predicted class ids, (N, H, W) or (H, W), any integer dtype (uint8 is fastest).
+            masks: true class ids or ``ignore_index``, the same shape.
+
+        Raises:
+            ValueError: shapes differ, or an id is neither in 0..C-1 nor, in masks, ``ignore_index``. On a GPU
+                ids are looked at by ``scores()``, so that no step waits for the device.
+        """
+        if preds.shape != masks.shape or preds.ndim not in (2, 3):
+            raise ValueError(
+                "ConfusionMatrix.update: preds and masks must both be (N, H, W) or (H, W); got "
+                f"{tuple(preds.shape)} and {tuple(masks.shape)}. Resize the logits to the masks' size first."
+            )
+        c, pictures = self.num_classes, preds.shape[0] if preds.ndim == 3 else 1
+        cells = c * c + 1  # the last one takes what is ignored
+        preds, masks = preds.reshape(pictures, -1), masks.reshape(pictures, -1)
+        ignored = masks == self.ignore_index
+        masks = masks.masked_fill(ignored, 0)
+        if masks.is_cuda:
+            ignored, bad = self._bad_ids(preds, masks, ignored)
+        else:
+            bad = 0
+            self._check_ids("preds", preds)
+            self._check_ids("masks", masks)
+        dtype = torch.uint8 if cells <= 256 else torch.int16 if cells <= 32768 else torch.int32
+        keys = masks.to(dtype).mul_(c).add_(preds.to(dtype)).masked_fill_(ignored, cells - 1)
+        if masks.is_cuda:  # bincount would read its maximum back
+            keys = keys.to(torch.int64).add_(torch.arange(pictures, device=keys.device)[:, None] * cells)
+            bins = torch.histc(keys.to(torch.int32), bins=pictures * cells, min=0, max=pictures * cells - 1)
+            bins = bins.view(pictures, cells).to(torch.int64)
+        else:
+            bins = torch.stack([torch.bincount(key, minlength=cells) for key in keys])
+        self._add(bins[:, :-1].view(pictures, c, c), bad)
+
+    def merge(self, other: "ConfusionMatrix"):
+        """Add the counts of another matrix over the same classes."""
+        self._sums += other._sums.to(self.device)
+
+    def state(self) -> Tensor:
+        """Return all counts as one int64 vector; the sum of several processes' vectors is their common state."""
+        return self._sums.clone()
+
+    def load_state(self, state: Tensor):
+        """Take over a (summed) state."""
+        self._sums = state.to(self.device, torch.int64).clone()
+
+    def scores(self) -> Scores:
+        """Derive all scores (waits for the device).
+
+        Raises:
+            ValueError: a batch on a GPU held an id outside 0..C-1.
+        """
+        sums = self._sums.cpu().numpy()
+        pictures, picture_iou, picture_dice, bad = (int(value) for value in sums[-4:])
+        if bad:
+            raise ValueError(
+                f"ConfusionMatrix.scores: ids must be in 0..{self.num_classes - 1} or, in masks, "
+                f"{self.ignore_index}; {bad} pixels are not. Check the masks, and that the model has {self.num_classes} classes."
+            )
+        h = sums[:-4].reshape(self.num_classes, self.num_classes).astype(np.float64)  # exact to 2^53
+        truth, predicted, tp, total = h.sum(1), h.sum(0), np.diag(h), h.sum()
+        with np.errstate(invalid="ignore", divide="ignore"):
+            iou = tp / (truth + predicted - tp)
+            dice = 2 * tp / (truth + predicted)
+            accuracy = tp / truth
+            share = truth / total
+        nan = float("nan")
+        most = share.max() if total else nan  # the baseline's IoU of that class; its others are 0
+        return Scores(
+            iou=iou,
+            dice=dice,
+            accuracy=accuracy,
+            mean_iou=_mean(iou),
+            mean_dice=_mean(dice),
+            pixel_accuracy=float(tp.sum() / total) if total else nan,
+            mean_accuracy=_mean(accuracy),
+            frequency_weighted_iou=float((share * iou)[truth > 0].sum()) if total else nan,
+            mean_iou_foreground=_mean(iou[1:]),
+            mean_dice_foreground=_mean(dice[1:]),
+            picture_mean_iou=picture_iou / _FIXED / pictures if pictures else nan,
+            picture_mean_dice=picture_dice / _FIXED / pictures if pictures else nan,
+            baseline_iou=float(most / (truth > 0).sum()) if total else nan,
+            baseline_accuracy=float(most),
+        )
+
+    def _add(self, h, bad):
+        """Add the matrices of N pictures, (N, C, C)."""
+        tp = h.diagonal(dim1=1, dim2=2).double()
+        both = (h.sum(1) + h.sum(2)).double()  # TP + FP plus TP + FN
+        present = both > 0
+        classes = present.sum(1).clamp(min=1)
+        iou = (tp / (both - tp).clamp(min=1)).sum(1) / classes
+        dice = (2 * tp / both.clamp(min=1)).sum(1) / classes
+        self._sums[:-4] += h.sum(0).flatten()
+        self._sums[-4] += present.any(1).sum()
+        self._sums[-3] += (iou * _FIXED).round().long().sum()
+        self._sums[-2] += (dice * _FIXED).round().long().sum()
+        self._sums[-1] += bad
+
+    def _check_ids(self, what, ids):
+        low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"ConfusionMatrix.update: {what} must be class ids 0..{self.num_classes - 1}"
+                f"{f' or {self.ignore_index}' if what == 'masks' else ''}; got ids from {low} to {high}. "
+                "Map the others to classes or to ignore_index, or build it with more classes."
+            )
+
+    def _bad_ids(self, preds, masks, ignored):
+        bad = (masks < 0) | (masks >= self.num_classes) | (preds < 0) | (preds >= self.num_classes)
+        return ignored | bad, bad.sum()
+
+
+def predicted_ids(logits: Tensor) -> Tensor:
+    """Return the class of the largest logit at each pixel; of equal ones the lowest, as argmax does.
+
+    Args:
+        logits: (N, C, H, W), any float dtype and memory format.
+
+    Returns:
+        (N, H, W), uint8 up to 256 classes, else int16.
+    """
+    dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int16
+    return logits.argmax(1).to(dtype)
+
+
+def _mean(values):
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else float("nan")
