@@ -1,0 +1,49 @@
+"""Losses on (logits, masks); every one leaves ignored pixels out and is 0 where nothing is valid."""
+
+import difflib
+import inspect
+
+from .cross_entropy import CrossEntropy, WeightedCrossEntropy, median_frequency_weights
+from .dice import Dice
+from .focal import Focal
+from .joint import Joint
+from .pixelwise import AuxLoss, SegmentationLoss
+
+__all__ = ["LOSSES", "AuxLoss", "SegmentationLoss", "build_loss", "median_frequency_weights"]
+
+LOSSES = {
+    "ce": CrossEntropy,
+    "weighted_ce": WeightedCrossEntropy,
+    "focal": Focal,
+    "dice": Dice,
+    "joint": Joint,
+}
+
+
+def build_loss(name: str, ignore_index: int = 255, class_weights=None, **options) -> SegmentationLoss:
+    """Build the loss ``name``.
+
+    Args:
+        name: a key of LOSSES.
+        ignore_index: label of the pixels that count for nothing.
+        class_weights: one number a class, for weighted_ce (needed), focal, and joint over one of these.
+        **options: ``focal_gamma`` (focal, joint over focal), ``dice_weight`` and ``joint_ce`` (joint),
+            ``dice_smooth`` (dice, joint). An option that the loss does not know is refused.
+
+    Raises:
+        ValueError: unknown name, an option or weights that do not apply, or a value out of range.
+    """
+    if name not in LOSSES:
+        close = difflib.get_close_matches(str(name), LOSSES, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {name!r}.{hint}")
+    known = inspect.signature(LOSSES[name]).parameters
+    if class_weights is not None:
+        options["class_weights"] = class_weights
+    for option in options:
+        if option not in known:
+            takes = ", ".join(key for key in known if key != "ignore_index") or "no options"
+            raise ValueError(
+                f"{option} does not apply to loss {name!r}, which takes {takes}. Leave {option} out."
+            )
+    return LOSSES[name](ignore_index=ignore_index, **options)
