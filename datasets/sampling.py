@@ -1,0 +1,120 @@
+"""Order, shards and batches: which samples come when, on which process; a function of (seed, epoch) alone."""
+
+import signal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+
+def epoch_batches(
+    num_samples: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+) -> list[list[int]]:
+    """The batches of one epoch: every sample once, in an order that all processes share.
+
+    A last batch of less than half a batch is a poor gradient and starves batch normalisation: it shares the samples of
+    the last two batches evenly instead. Where that still leaves fewer samples than processes, it joins the batch before.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: samples of one step over all processes.
+        seed: of the run.
+        epoch: any whole number of 0 or more.
+        rank: this process.
+        world_size: number of processes; each takes every world_size-th sample of each batch, at least one.
+
+    Raises:
+        ValueError: fewer samples, or a smaller batch, than processes.
+    """
+    if min(num_samples, batch_size) < world_size:
+        raise ValueError(
+            f"{num_samples} samples in batches of {batch_size} cannot be shared by {world_size} processes; "
+            "each needs one a step. Start fewer processes, or raise batch_size."
+        )
+    order = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch])).permutation(num_samples).tolist()
+    ends = [*range(batch_size, num_samples, batch_size), num_samples]
+    tail = num_samples - (ends[-2] if len(ends) > 1 else 0)
+    if len(ends) > 1 and 2 * tail < batch_size:
+        ends[-2] = num_samples - (batch_size + tail) // 2
+        tail = num_samples - ends[-2]
+    if len(ends) > 1 and tail < world_size:
+        del ends[-2]
+    return [order[start:end][rank::world_size] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def evaluation_shard(num_samples: int, rank: int = 0, world_size: int = 1) -> list[int]:
+    """This process's share of a validation set: every sample on one process, once."""
+    return list(range(num_samples))[rank::world_size]
+
+
+class Loader:
+    """Batches of a data set, made here or by worker processes that live from epoch to epoch.
+
+    A worker is told (epoch, index) with each sample and remembers nothing, so the batches are the same for any number
+    of workers and from any step on.
+
+    Args:
+        dataset: answers `batch(keys)` and `__getitems__(keys)`.
+        num_workers: processes; 0 makes the batches in this one, which is fastest for cached data.
+        pin_memory: put batches where a GPU copies from without waiting.
+    """
+
+    def __init__(self, dataset, num_workers: int = 0, pin_memory: bool = False):
+        self.dataset = dataset
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self._keys: list = []
+        self._workers = None
+
+    def epoch(self, batches: list[list[int]], epoch: int, start_step: int = 0):
+        """Yield (images, masks, indices) for each batch from `start_step` on."""
+        todo = batches[start_step:]
+        keys = [[(epoch, index) for index in batch] for batch in todo]
+        made = self._from_workers(keys) if self.num_workers else map(self._make, keys)
+        for indices, (images, masks) in zip(todo, made, strict=True):
+            yield images, masks, indices
+
+    def close(self) -> None:
+        """End the workers."""
+        self._workers = None
+
+    def _make(self, keys):
+        images, masks = self.dataset.batch(keys)
+        return (images.pin_memory(), masks.pin_memory()) if self.pin_memory else (images, masks)
+
+    def _from_workers(self, keys):
+        self._keys[:] = keys
+        if self._workers is None:
+            self._workers = DataLoader(
+                self.dataset,
+                batch_sampler=_Keys(self._keys),
+                num_workers=self.num_workers,
+                collate_fn=_as_it_is,
+                pin_memory=self.pin_memory,
+                persistent_workers=True,
+                worker_init_fn=_ignore_interrupts,
+            )
+        return iter(self._workers)
+
+
+class _Keys:
+    """The keys of one epoch, replaced between epochs; lives in the main process only."""
+
+    def __init__(self, keys: list):
+        self.keys = keys
+
+    def __iter__(self):
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C goes to all processes; the main one decides, and its workers end with it (torch watches the parent)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
