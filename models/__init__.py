@@ -11,14 +11,32 @@ import torch
 from torch import nn
 
 from .checkpoint import read_checkpoint
+from .deeplabv3plus import DeepLabV3Plus
+from .fcn import FCN
 from .layers import check_choice
+from .pspnet import PSPNet
+from .segnet import SegNet
 from .unet import UNet
 
 MODELS: dict[str, type[nn.Module]] = {
     "unet": UNet,
+    "deeplabv3plus": DeepLabV3Plus,
+    "pspnet": PSPNet,
+    "fcn": FCN,
+    "segnet": SegNet,
 }
 
-__all__ = ["MODELS", "UNet", "build_model", "load_model", "read_checkpoint"]
+__all__ = [
+    "FCN",
+    "MODELS",
+    "DeepLabV3Plus",
+    "PSPNet",
+    "SegNet",
+    "UNet",
+    "build_model",
+    "load_model",
+    "read_checkpoint",
+]
 
 
 def build_model(name: str, num_classes: int, in_channels: int = 3, **options: object) -> nn.Module:

@@ -55,6 +55,24 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=False)
 
 
+def pad_even(x: Tensor) -> Tensor:
+    """Add a row or column of zeros after the last where its number is odd, so that halving drops none."""
+    height, width = x.shape[-2:]
+    rows, columns = 2 * ((height + 1) // 2) - height, 2 * ((width + 1) // 2) - width
+    if torch.compiler.is_exporting() or rows or columns:  # an exported graph must not branch on a size
+        x = F.pad(x, [0, columns, 0, rows])
+    return x
+
+
+def crop(x: Tensor, size: torch.Size) -> Tensor:
+    """Cut the rows and columns of `x` beyond the height and width of `size`."""
+    height, width = size[-2:]
+    if torch.compiler.is_exporting():  # a slice is a view, and export would fix sizes to know its strides
+        x = x.index_select(2, torch.arange(height, device=x.device))
+        return x.index_select(3, torch.arange(width, device=x.device))
+    return x[..., :height, :width]
+
+
 def check_images(images: Tensor, in_channels: int) -> None:
     """Raise ValueError for a batch that no network here can take."""
     if images.dim() != 4 or images.shape[1] != in_channels:

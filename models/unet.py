@@ -33,7 +33,7 @@ class Up(nn.Module):
         """Merge `x` (N, C, h, w) with `skip` (N, K, 2h or 2h+1, 2w or 2w+1)."""
         x = self.up(x)
         rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]  # 1 where an odd size lost one
-        if torch.compiler.is_compiling() or rows or columns:  # a traced graph must not branch on a size
+        if torch.compiler.is_exporting() or rows or columns:  # an exported graph must not branch on a size
             x = F.pad(x, [0, columns, 0, rows])
         return self.conv(torch.cat([skip, x], dim=1))
 

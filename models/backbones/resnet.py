@@ -1,0 +1,140 @@
+"""ResNet without its classifier, its last stages dilated on request so that they stay fine."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..layers import check_choice, init_weights
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the identity (ResNet18 and 34).
+
+    Args:
+        in_channels: channels that come in.
+        width: channels of both convolutions, and of what goes out.
+        stride: of the first convolution.
+        dilation: of the convolution that bears the stride.
+        next_dilation: of every 3x3 convolution after it.
+    """
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, stride: int, dilation: int, next_dilation: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, dilation, dilation, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, next_dilation, next_dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(in_channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, width, H/stride, W/stride)."""
+        identity = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.bn2(self.conv2(x))
+        return self.relu(x.add_(identity))
+
+
+class Bottleneck(nn.Module):
+    """1x1 down, 3x3 with the stride, 1x1 up to four times the width, and the identity (ResNet50 and 101).
+
+    Args as in `BasicBlock`; the only 3x3 convolution is the one that bears the stride.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, stride: int, dilation: int, next_dilation: int) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, dilation, dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, in_channels, H, W) to (N, 4 * width, H/stride, W/stride)."""
+        identity = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        x = self.bn3(self.conv3(x))
+        return self.relu(x.add_(identity))
+
+
+def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+    """Return the projection for an identity whose shape changes, else None."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+
+RESNETS: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """ResNet: stages of residual blocks; here it returns the maps of its four stages.
+
+    Paper: Deep Residual Learning for Image Recognition (He et al., 2015), https://arxiv.org/abs/1512.03385.
+    A block learns only what to add to its input, so a hundred layers still pass their gradients on. Dilation
+    (Yu and Koltun, 2016) keeps late stages fine: where a stride is given up, later taps move apart instead,
+    and every weight means what it meant before.
+    Route: image 1/1 → stem 1/2 → pool 1/4 → layer1 1/4, layer2 1/8, layer3 1/16, layer4 1/32; none of them
+    goes beyond 1/output_stride.
+    Differs from the paper: a Bottleneck's stride sits on its 3x3 convolution, as torchvision has it. In a
+    dilated stage the convolution that lost its stride keeps the dilation before it, all later ones take the
+    doubled one; the same rule holds in BasicBlocks, which torchvision refuses to dilate.
+    Initial weights: He normal (fan out), batch norm 1 and 0.
+    Parameters: 11,176,512 (18), 21,284,672 (34), 23,508,032 (50), 42,500,160 (101).
+
+    Args:
+        name: a key of `RESNETS`.
+        in_channels: channels of the images.
+        output_stride: 8, 16 or 32, the stride of the last map.
+
+    Shape:
+        images (N, in_channels, H, W) → four maps, `out_channels[i]` channels each.
+    """
+
+    def __init__(self, name: str, in_channels: int = 3, output_stride: int = 32) -> None:
+        super().__init__()
+        check_choice("backbone", name, RESNETS)
+        check_choice("output_stride", output_stride, (8, 16, 32))
+        block, depths = RESNETS[name]
+        widths = (64, 128, 256, 512)
+        self.out_channels = tuple(width * block.expansion for width in widths)
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+
+        channels, reached, dilation = 64, 4, 1
+        for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            stride, before = (1 if index == 0 else 2), dilation
+            if reached * stride > output_stride:
+                stride, dilation = 1, dilation * stride
+            reached *= stride
+            blocks = [block(channels, width, stride, before, dilation)]
+            channels = width * block.expansion
+            blocks += [block(channels, width, 1, dilation, dilation) for _ in range(depth - 1)]
+            setattr(self, f"layer{index + 1}", nn.Sequential(*blocks))
+        init_weights(self)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the maps of layer1 to layer4."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # 1/4
+        x1 = self.layer1(x)  # 1/4
+        x2 = self.layer2(x1)  # 1/8
+        x3 = self.layer3(x2)  # 1/min(16, output_stride)
+        x4 = self.layer4(x3)  # 1/output_stride
+        return x1, x2, x3, x4

@@ -1,0 +1,111 @@
+"""PSPNet: a dilated ResNet whose last map is joined by averages over the whole picture and its parts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .backbones import RESNETS, ResNet
+from .layers import (
+    ConvBNReLU,
+    PooledBatchNorm2d,
+    check_choice,
+    check_images,
+    check_numbers,
+    init_weights,
+    resize,
+)
+
+HEAD_CHANNELS = 512
+BINS = (1, 2, 3, 6)  # the picture as one part, 2x2, 3x3 and 6x6 parts
+
+
+class PyramidPooling(nn.Module):
+    """Average a map over 1, 4, 9 and 36 parts, and set a quarter of the channels of each beside it."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(bins),
+                nn.Conv2d(in_channels, in_channels // len(BINS), 1, bias=False),
+                PooledBatchNorm2d(in_channels // len(BINS)),
+                nn.ReLU(inplace=True),
+            )
+            for bins in BINS
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, h, w) to (N, 2C, h, w)."""
+        return torch.cat([x, *(resize(stage(x), like=x) for stage in self.stages)], dim=1)
+
+
+class PSPNet(nn.Module):
+    """PSPNet: each position is judged in the light of the scene and of its quarter, ninth and 36th.
+
+    Paper: Pyramid Scene Parsing Network (Zhao et al., 2017), https://arxiv.org/abs/1612.01105. A dilated
+    ResNet gives one fine, deep map; averages of it over ever smaller parts say what scene this is; a 3x3
+    convolution decides from both. An auxiliary head on layer3 (loss weight 0.4) helps the deep encoder train.
+    Route: image 1/1 → layer1 1/4, layer2 1/8, layer3 and layer4 1/output_stride → pyramid (twice the
+    channels) → 3x3 (512) → logits 1/output_stride → 1/1; aux: layer3 → 3x3 (a quarter of its channels) →
+    logits → 1/1.
+    Differs from the paper: torchvision's 7x7 stem where the authors' release has three 3x3 convolutions; the
+    convolution that loses its stride keeps the dilation before it, where theirs dilates the whole stage;
+    half-pixel centres where it aligns corners, so that sizes need not be 8k+1.
+    Initial weights: He normal (fan out), batch norm 1 and 0, classifiers normal with deviation 0.01.
+    Parameters (RGB, 21 classes, with aux): resnet18 16,319,018, resnet34 26,427,178, resnet50 48,957,802,
+    resnet101 67,949,930; without aux resnet50 46,592,597, resnet101 65,584,725.
+
+    Args:
+        num_classes: channels of the logits, 2 or more.
+        in_channels: channels of the images.
+        backbone: resnet18, resnet34, resnet50 or resnet101.
+        output_stride: 8 (the paper's) or 16 (a quarter of the work).
+        aux: add the auxiliary head; in training mode the result is then (logits, aux_logits).
+        dropout: probability of zeroing a whole channel before each classifier, in training.
+
+    Shape:
+        images (N, in_channels, H, W), H and W at least 32 → logits (N, num_classes, H, W), and in training
+        mode with `aux` a pair of such logits.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        backbone: str = "resnet50",
+        output_stride: int = 8,
+        aux: bool = False,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        check_numbers(num_classes, in_channels, dropout)
+        check_choice("backbone", backbone, RESNETS)
+        check_choice("output_stride", output_stride, (8, 16))
+        self.in_channels = in_channels
+        self.backbone = ResNet(backbone, in_channels, output_stride)
+        *_, middle_channels, deep_channels = self.backbone.out_channels
+        self.pyramid = PyramidPooling(deep_channels)
+        self.head = classifier(2 * deep_channels, HEAD_CHANNELS, num_classes, dropout)
+        self.aux = classifier(middle_channels, middle_channels // 4, num_classes, dropout) if aux else None
+        init_weights(self.pyramid)
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the logits of `images`; in training mode with `aux`, the pair (logits, aux_logits)."""
+        check_images(images, self.in_channels)
+        _, _, middle, deep = self.backbone(images)  # both 1/output_stride
+        logits = resize(self.head(self.pyramid(deep)), like=images)
+        if self.aux is None or not self.training:
+            return logits
+        return logits, resize(self.aux(middle), like=images)
+
+
+def classifier(in_channels: int, width: int, num_classes: int, dropout: float) -> nn.Sequential:
+    """Return a head: 3x3 convolution, batch norm, ReLU, dropout of channels, 1x1 to the classes."""
+    head = nn.Sequential(
+        ConvBNReLU(in_channels, width), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, kernel_size=1)
+    )
+    init_weights(head)
+    nn.init.normal_(head[-1].weight, std=0.01)
+    return head
