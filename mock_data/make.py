@@ -1,0 +1,224 @@
+"""Draw the mock data set anew: berries, leaves and flowers lying on the ground, with their masks.
+
+`python mock_data/make.py` rewrites `train/`, `val/` and `predict/` beside this file, the same every time.
+Shape decides the class, colour only leans: the three share one table of colours, the ground's stains and
+twigs take theirs from it too, and things overlap, vary in size and lie in varying light. A table from colours
+to classes therefore stays below a mean IoU of 0.6 (tests/test_mock_data.py shows it); a small network that
+sees shapes gets well past it in half a minute.
+
+Every draw comes from (seed, split, number), so one picture can be changed without touching the others.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+CLASS_NAMES = ("background", "berry", "leaf", "flower")
+CLASS_COLORS = ((0, 0, 0), (204, 51, 102), (68, 170, 119), (238, 187, 68))
+SPLITS = {"train": 40, "val": 10, "predict": 3}
+SEED = 7
+FINE = (
+    3  # pictures are drawn three times too large and averaged down; masks take the middle sample of each 3x3
+)
+
+# The shared colours of things, and how likely each is for a berry, a leaf and a flower.
+THING_COLORS = np.array(
+    [
+        (0.78, 0.13, 0.16),  # red
+        (0.90, 0.45, 0.12),  # orange
+        (0.93, 0.78, 0.22),  # yellow
+        (0.32, 0.55, 0.20),  # green
+        (0.22, 0.33, 0.66),  # blue
+        (0.48, 0.24, 0.58),  # violet
+        (0.92, 0.55, 0.68),  # pink
+        (0.93, 0.90, 0.82),  # cream
+    ]
+)
+LEANINGS = {
+    1: (6, 2, 1, 1, 5, 2, 1, 0),
+    2: (2, 3, 1, 8, 0, 1, 0, 0),
+    3: (1, 1, 3, 0, 1, 3, 5, 3),
+}
+GROUND_COLORS = np.array(
+    [
+        (0.36, 0.28, 0.21),  # soil
+        (0.38, 0.44, 0.26),  # moss
+        (0.72, 0.63, 0.48),  # sand
+        (0.45, 0.48, 0.52),  # slate
+        (0.56, 0.40, 0.27),  # bark
+    ]
+)
+
+
+def smooth_noise(rng, height, width, cell):
+    """(height, width) noise within about -1..1 that varies over `cell` pixels."""
+    grid = rng.uniform(-1, 1, (max(2, height // cell + 2), max(2, width // cell + 2))).astype(np.float32)
+    return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def blurred(alpha, radius):
+    """A soft copy of a 0..1 plane."""
+    picture = Image.fromarray((alpha * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
+    return np.asarray(picture, dtype=np.float32) / 255
+
+
+def draw_ground(rng, height, width):
+    """(height, width, 3) of earth, moss, sand, slate or bark, with its grain and stains."""
+    unit = min(height, width)
+    kind = rng.integers(len(GROUND_COLORS))
+    base = GROUND_COLORS[kind] * rng.uniform(0.85, 1.15)
+    relief = 0.10 * smooth_noise(rng, height, width, unit // 3) + 0.09 * smooth_noise(
+        rng, height, width, unit // 12
+    )
+    relief += 0.12 * smooth_noise(rng, height, width, 9)
+    if kind in (2, 4):  # ripples of sand, grain of bark
+        angle, y, x = rng.uniform(0, np.pi), *np.mgrid[:height, :width] / unit
+        bend = 1.2 * smooth_noise(rng, height, width, unit // 2)
+        relief += 0.10 * np.sin(rng.uniform(25, 45) * (np.cos(angle) * x + np.sin(angle) * y) + 3 * bend)
+    ground = base * (1 + relief[..., None])
+    for _ in range(rng.integers(1, 4)):
+        stain = np.clip(smooth_noise(rng, height, width, unit // 4) * 2 - 0.9, 0, 1)[..., None]
+        color = THING_COLORS[rng.integers(len(THING_COLORS))]
+        ground = ground * (1 - 0.3 * stain) + color * (1 + relief[..., None]) * 0.3 * stain
+    return ground
+
+
+def berry(rng, u, v):
+    """A shaded ball: its outline (positive inside) and its brightness."""
+    rho = np.hypot(u, v)
+    height = np.sqrt(np.clip(1 - rho**2, 0, 1))
+    shine = np.exp(-((u + 0.35) ** 2 + (v + 0.35) ** 2) / 0.03)
+    return 1 - rho, 0.50 + 0.55 * height - 0.12 * (u + v) + 0.45 * shine
+
+
+def leaf(rng, u, v):
+    """A pointed oval with a midrib and side veins, a little bent."""
+    v = v + rng.uniform(-0.25, 0.25) * (u**2 - 0.5)
+    half = rng.uniform(0.42, 0.56) * np.clip(1 - u**2, 0, 1) ** rng.uniform(0.8, 1.05)
+    veins = np.abs(np.sin(8 * (u - 0.8 * np.abs(v)))) < 0.22
+    bright = 0.86 + 0.16 * np.sign(v) * np.minimum(np.abs(v) * 4, 1) + 0.22 * veins + 0.3 * (np.abs(v) < 0.04)
+    return half - np.abs(v), bright
+
+
+def flower(rng, u, v):
+    """Five to seven petals around an eye; dark between the petals."""
+    rho, theta = np.hypot(u, v), np.arctan2(v, u)
+    petals = np.abs(np.cos(theta * rng.integers(5, 8) / 2))
+    edge = 0.45 + 0.55 * petals ** rng.uniform(0.45, 0.7)
+    return edge - rho, 0.35 + 0.8 * petals * (0.5 + 0.5 * rho)
+
+
+DRAW = {1: berry, 2: leaf, 3: flower}
+STRETCH = {1: 0.85, 2: 1.35, 3: 1.1}  # so that the three cover about as much ground
+
+
+def place_thing(rng, picture, ids, label, center, radius):
+    """Draw one thing with its shadow into `picture`, and its class into `ids`, both at the fine scale."""
+    height, width = ids.shape
+    reach = int(radius * 1.3)
+    top, left = max(0, center[0] - reach), max(0, center[1] - reach)
+    window = np.s_[top : min(height, center[0] + reach), left : min(width, center[1] + reach)]
+    y, x = np.mgrid[window]
+    if y.size == 0:
+        return
+    angle, squash = rng.uniform(0, 2 * np.pi), rng.uniform(0.75 if label == 3 else 0.9, 1)
+    dy, dx = (y - center[0]) / radius, (x - center[1]) / radius
+    u, v = np.cos(angle) * dx + np.sin(angle) * dy, (np.cos(angle) * dy - np.sin(angle) * dx) / squash
+    if label == 1:  # the light comes from the upper left, however the ball lies
+        u, v = dx, dy / squash
+    inside, bright = DRAW[label](rng, u, v)
+    inside = inside > 0
+
+    share = np.array(LEANINGS[label], dtype=float)
+    color = THING_COLORS[rng.choice(len(THING_COLORS), p=share / share.sum())]
+    color = np.clip(color * rng.uniform(0.8, 1.15) + rng.uniform(-0.05, 0.05, 3), 0, 1)
+    surface = color * bright[..., None] * (1 + 0.06 * smooth_noise(rng, *inside.shape, 12)[..., None])
+    if label == 3:
+        eye = (np.hypot(u, v) < rng.uniform(0.2, 0.28))[..., None]
+        surface = np.where(eye, THING_COLORS[rng.choice([0, 1, 2, 4])] * (0.8 + 0.3 * rng.random()), surface)
+
+    offset = max(1, int(radius * 0.12))
+    shadow = np.pad(blurred(inside, float(radius) * 0.10), ((offset, 0), (offset, 0)), mode="edge")
+    ground = picture[window] * (1 - 0.5 * shadow[:-offset, :-offset, None])
+    picture[window] = np.where(inside[..., None], surface, ground)
+    ids[window][inside] = label
+
+
+def place_twig(rng, picture, ids):
+    """A thin twig or blade in one of the things' colours: ground, though it may lie across a thing's edge."""
+    height, width = ids.shape
+    unit = min(height, width)
+    y, x = np.mgrid[:height, :width]
+    angle = rng.uniform(0, np.pi)
+    dy, dx = y - rng.uniform(0, height), x - rng.uniform(0, width)
+    along, across = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+    across = across + rng.uniform(-0.6, 0.6) * along**2 / unit
+    half = unit * rng.uniform(0.008, 0.016)
+    inside = (np.abs(across) < half) & (np.abs(along) < unit * rng.uniform(0.15, 0.4))
+    color = THING_COLORS[rng.choice([1, 2, 3, 3, 5, 7])] * 0.75
+    picture[inside] = color * (1 - 0.35 * across[inside] / half)[..., None]
+
+
+def draw_scene(rng, height, width):
+    """One picture (height, width, 3) uint8 and its class ids (height, width) uint8."""
+    tall, wide = height * FINE, width * FINE
+    unit = min(tall, wide)
+    picture, ids = draw_ground(rng, tall, wide), np.zeros((tall, wide), np.uint8)
+    for _ in range(rng.integers(0, 4)):
+        place_twig(rng, picture, ids)
+    count = int(rng.integers(5, 9) * max(tall, wide) / unit)
+    radii = np.sort(unit * np.exp(rng.uniform(np.log(0.13), np.log(0.28), count)))[::-1]
+    labels = rng.permutation(np.arange(count) % 3 + 1)  # as many of each, the large ones first
+    placed = []
+    for label, radius in zip(labels, radii, strict=True):
+        for _ in range(40):  # a place that leaves at least two thirds of the earlier things in sight
+            center = int(rng.uniform(0, tall)), int(rng.uniform(0, wide))
+            if all(np.hypot(center[0] - a, center[1] - b) > 0.75 * (radius + r) for a, b, r in placed):
+                place_thing(rng, picture, ids, int(label), center, radius * STRETCH[label])
+                placed.append((*center, radius))
+                break
+
+    y, x = np.mgrid[-1 : 1 : tall * 1j, -1 : 1 : wide * 1j]
+    slope = rng.uniform(-0.22, 0.22, 2)
+    picture = (
+        picture * (rng.uniform(0.9, 1.1) + slope[0] * y + slope[1] * x - 0.08 * (x**2 + y**2))[..., None]
+    )
+    picture = picture * rng.uniform(0.94, 1.06, 3)
+    picture = picture.reshape(height, FINE, width, FINE, 3).mean((1, 3))
+    picture = picture + rng.normal(0, rng.uniform(0.008, 0.025), (height, width, 1))
+    return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8), ids[FINE // 2 :: FINE, FINE // 2 :: FINE]
+
+
+def draw_picture(split, number):
+    """The picture and mask of one number of a split, always the same; portrait, landscape and square."""
+    rng = np.random.default_rng((SEED, list(SPLITS).index(split), number))
+    short, ratio = rng.integers(128, 185), rng.uniform(1, 1.45)
+    size = int(short), int(short * ratio)
+    return draw_scene(rng, *(size if number % 3 else size[::-1]))
+
+
+def write(root, counts=SPLITS):
+    """Write the first `counts` pictures of each split under `root`: every fourth a PNG, the others JPEGs."""
+    for split, count in counts.items():
+        pictures = root / split if split == "predict" else root / split / "images"
+        masks = root / split / "masks"
+        pictures.mkdir(parents=True, exist_ok=True)
+        if split != "predict":
+            masks.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            picture, ids = draw_picture(split, number)
+            picture = Image.fromarray(picture)
+            if number % 4 == 3:
+                picture.save(pictures / f"{number:02}.png", optimize=True)
+            else:
+                picture.save(pictures / f"{number:02}.jpg", quality=90)
+            if split != "predict":
+                mask = Image.fromarray(ids)
+                mask.putpalette([value for color in CLASS_COLORS for value in color])
+                mask.save(masks / f"{number:02}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
