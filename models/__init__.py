@@ -14,6 +14,7 @@ from .checkpoint import read_checkpoint
 from .deeplabv3plus import DeepLabV3Plus
 from .fcn import FCN
 from .layers import check_choice
+from .pretrained import PretrainedReport, load_pretrained
 from .pspnet import PSPNet
 from .segnet import SegNet
 from .unet import UNet
@@ -31,10 +32,12 @@ __all__ = [
     "MODELS",
     "DeepLabV3Plus",
     "PSPNet",
+    "PretrainedReport",
     "SegNet",
     "UNet",
     "build_model",
     "load_model",
+    "load_pretrained",
     "read_checkpoint",
 ]
 

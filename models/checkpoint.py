@@ -12,7 +12,7 @@ from torch import Tensor
 FORMAT = 1  # the layout of a checkpoint that this code writes and reads
 
 
-def read_file(path: str | Path, what: str) -> dict:
+def read_file(path: str | Path, what: str, legacy: bool = False) -> dict:
     """Open a dict saved by `torch.save`, on the CPU, after testing every checksum of the file.
 
     Only tensors, numbers, strings, lists and dicts are accepted (`weights_only=True`): it cannot run code.
@@ -20,6 +20,7 @@ def read_file(path: str | Path, what: str) -> dict:
     Args:
         path: the file.
         what: its name in messages, e.g. "checkpoint".
+        legacy: also open files from before torch 1.6, as some public weights are, which have no checksums.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -29,9 +30,11 @@ def read_file(path: str | Path, what: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no {what} at {path}. Give the path of an existing file.")
     remedy = f"Give a {what} saved by torch.save, or copy it again from where it was whole."
+    damaged = None
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch itself does not notice a flipped byte
+        if not legacy or zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch itself does not notice a flipped byte
     except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole {what}: {error}. {remedy}") from error
     if damaged:

@@ -112,6 +112,7 @@ class ResNet(nn.Module):
         check_choice("output_stride", output_stride, (8, 16, 32))
         block, depths = RESNETS[name]
         widths = (64, 128, 256, 512)
+        self.name = name
         self.out_channels = tuple(width * block.expansion for width in widths)
         self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)

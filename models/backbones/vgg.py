@@ -42,6 +42,7 @@ class VGG(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("backbone", name, VGGS)
+        self.name = name
         self.round_up = round_up
         self.out_channels = tuple(base_channels * factor for factor in (1, 2, 4, 8, 8))
         layers: list[nn.Module] = []

@@ -1,0 +1,145 @@
+"""Fill a network's backbone with public classification weights, and say what fitted."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .checkpoint import check_weights, read_file
+
+
+@dataclass(frozen=True)
+class PretrainedReport:
+    """What `load_pretrained` did.
+
+    Attributes:
+        loaded: names in the network that now hold public weights.
+        adapted: those of them that were fitted to `in_channels`.
+        left_over: names in the source that the network has no place for: the classifier.
+        missing: names in the network that public weights could have filled and the source lacks.
+    """
+
+    loaded: tuple[str, ...]
+    adapted: tuple[str, ...]
+    left_over: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = f"{len(self.loaded)} tensors loaded"
+        for label in ("adapted", "left_over", "missing"):
+            names = getattr(self, label)
+            if names:
+                shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                text += f"; {len(names)} {label.replace('_', ' ')} ({shown})"
+        return text
+
+
+def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
+    """Load torchvision's classification weights, or a file of such, into `model.backbone`.
+
+    Where `in_channels` is not 3 the first convolution is adapted: for one channel the three are summed, so that
+    a grey picture means what it meant in colour; else they are taken in turn, RGBRG..., times 3 / in_channels.
+    FCN also fills fc6 and fc7 from the classifier. Weights of a VGG without batch norm fit one with it, whose
+    norms then stay as they are. Nothing is changed unless every convolution of the backbone fits.
+
+    Args:
+        model: a network of this package, changed in place.
+        source: "imagenet" for torchvision's IMAGENET1K_V1 (from its cache or the network), or the path of a
+            state dict with torchvision's names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the network has no backbone, the file is damaged or of another architecture, or the public
+            weights cannot be fetched.
+    """
+    if not hasattr(model, "backbone"):
+        name = type(model).__name__.lower()
+        raise ValueError(
+            f"{name} has no backbone for public weights; got {source!r}. Set pretrained to none."
+        )
+    needed = model.backbone.name
+    if str(source) == "imagenet":
+        given = check_weights(fetch_imagenet(needed), "torchvision's file")
+    else:
+        given = check_weights(read_file(source, "file of weights", legacy=True), str(source))
+
+    names = place(given, model)
+    state, fitting, adapted = model.state_dict(), {}, []
+    for name, key in names.items():
+        value, wanted = given[key], state[name].shape
+        if value.dim() == 2 and len(wanted) == 4 and value.numel() == wanted.numel():
+            value = value.reshape(wanted)  # a linear layer of the classifier as a convolution
+        if value.dim() == 4 and value.shape[1] == 3 != wanted[1] == model.in_channels:
+            value, adapted = fit_channels(value, wanted[1]), [*adapted, name]
+        if value.shape != wanted:
+            raise ValueError(
+                f"{source}: {key!r} is {tuple(value.shape)}, but this {needed} needs {tuple(wanted)}. "
+                f"Give weights of the same backbone and width."
+            )
+        fitting[name] = value
+
+    parts = {name.split(".")[0] for name in model.backbone.state_dict()}
+    left_over = tuple(key for key in given if key not in names.values())
+    missing = tuple(name for name in fillable(model) if name not in fitting)
+    foreign = [key for key in left_over if key.split(".")[0] in parts]
+    foreign += [name for name in missing if name.startswith("backbone.") and state[name].dim() == 4]
+    if foreign:
+        raise ValueError(
+            f"{source} must hold the weights of {needed}; {foreign[0]!r} is in only one of the two. "
+            f"Give weights of the same backbone."
+        )
+    model.load_state_dict(fitting, strict=False)
+    return PretrainedReport(tuple(fitting), tuple(adapted), left_over, missing)
+
+
+def fillable(model: nn.Module) -> list[str]:
+    """Return the names in the network for which classification networks have weights."""
+    prefixes = ("backbone.", *getattr(model, "pretrained_names", {}).values())
+    return [name for name in model.state_dict() if name.startswith(prefixes) and "num_batches" not in name]
+
+
+def place(given: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
+    """Return, by its name in the network, the name in `given` of each tensor that has a place there."""
+    state = model.state_dict()
+    names = {f"backbone.{key}": key for key in given}
+    for old, new in getattr(model, "pretrained_names", {}).items():
+        names.update({key.replace(old, new, 1): key for key in given if key.startswith(old)})
+    convolutions = [name for name in state if name.startswith("backbone.features") and state[name].dim() == 4]
+    has_norm = any("running_mean" in name for name in state if name.startswith("backbone.features"))
+    if has_norm and not any(
+        "running_mean" in key for key in given
+    ):  # a plain VGG: its n-th convolution to ours
+        names = {name: key for name, key in names.items() if not name.startswith("backbone.")}
+        plain = [key for key, value in given.items() if key.startswith("features.") and value.dim() == 4]
+        for name, key in zip(convolutions, plain, strict=False):
+            names[name] = key
+            names[name.replace("weight", "bias")] = key.replace("weight", "bias")
+    return {name: key for name, key in names.items() if name in state and key in given}
+
+
+def fit_channels(weight: Tensor, in_channels: int) -> Tensor:
+    """Fit the weights of a first convolution on RGB to another number of channels."""
+    if in_channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight[:, [index % 3 for index in range(in_channels)]] * (3 / in_channels)
+
+
+def fetch_imagenet(backbone: str) -> dict[str, Tensor]:
+    """Return torchvision's public weights for a backbone, from its cache or the network."""
+    try:
+        from torchvision.models import get_model_weights
+    except ImportError as error:
+        raise ValueError(
+            "pretrained 'imagenet' needs torchvision, which is not installed. Install it, or give a file."
+        ) from error
+    weights = get_model_weights(backbone).IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:  # no network, no such address, a broken download
+        raise ValueError(
+            f"pretrained 'imagenet' must fetch {weights.url}; got {error}. "
+            f"Fetch it elsewhere and give the file's path, or set pretrained to none."
+        ) from error
