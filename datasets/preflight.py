@@ -46,7 +46,7 @@ class DataReport:
     encoding: Encoding
     class_pixels: dict[str, np.ndarray]
     class_image_pixels: np.ndarray
-    fingerprint: str
+    fingerprint: dict[str, str]  # what of the data changed when two runs differ
     warnings: list[str] = field(default_factory=list)
     class_names: list[str] = field(default_factory=list)
 
@@ -77,6 +77,7 @@ class DataReport:
                 f"hint: the commonest class has {present.max() / present.min():.0f} times the pixels of '{rare}'; "
                 "loss joint or weighted_ce, or class_weights auto, help rare classes"
             )
+        lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 
@@ -534,12 +535,12 @@ def _pair(image: Path, mask: Path, found: dict) -> Pair:
     return Pair(image, mask, found[image]["height"], found[image]["width"], stamp)
 
 
-def _fingerprint(root: Path, good: dict, found: dict, encoding: Encoding) -> str:
+def _fingerprint(root: Path, good: dict, found: dict, encoding: Encoding) -> dict[str, str]:
     """Changes with any name, content or meaning; not with the folder's place or the files' times."""
-    digest = hashlib.sha256(json.dumps(encoding.to_dict(), sort_keys=True).encode())
-    for split in SPLITS:
-        for files in good[split]:
-            for file in files:
-                name = file.relative_to(root).as_posix()
-                digest.update(f"{name}|{found[file]['stamp'][0]}|{found[file]['crc']}\n".encode())
-    return digest.hexdigest()[:32]
+    parts = {"mask encoding": hashlib.sha256(json.dumps(encoding.to_dict(), sort_keys=True).encode())}
+    for split, part in zip(SPLITS, ("training files", "validation files"), strict=True):
+        parts[part] = hashlib.sha256()
+        for file in (file for pair in good[split] for file in pair):
+            name = file.relative_to(root).as_posix()
+            parts[part].update(f"{name}|{found[file]['stamp'][0]}|{found[file]['crc']}\n".encode())
+    return {part: digest.hexdigest()[:32] for part, digest in parts.items()}

@@ -79,8 +79,8 @@ def read_image(path, in_channels: int = 3, reduce_to=None, max_pixels: int = MAX
     Args:
         path: the file.
         in_channels: number of channels to bring it to; the module's docstring has the rules.
-        reduce_to: (height, width) that will do; a JPEG may then come smaller (1/2, 1/4, 1/8), never below it, which
-            its decoder does in a fraction of the time.
+        reduce_to: (height, width) that will do, or a function of the full one; a JPEG may then come smaller (1/2,
+            1/4, 1/8), never below it, which its decoder does in a fraction of the time.
         max_pixels: larger pictures are refused.
 
     Raises:
@@ -109,6 +109,7 @@ def load_image(
             if pages > 1 and picture.format != "MPO":  # MPO: a phone's JPEG with a second view behind it
                 return _pages(picture, pages, in_channels), (height, width), orientation
             if reduce_to is not None and picture.format in ("JPEG", "MPO"):
+                reduce_to = reduce_to((height, width)) if callable(reduce_to) else reduce_to
                 box = reduce_to if orientation < 5 else reduce_to[::-1]
                 picture.draft(None, (max(1, box[1]), max(1, box[0])))
             if orientation != 1:

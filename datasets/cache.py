@@ -1,0 +1,171 @@
+"""Decoded, resized samples kept as raw bytes, so that a picture is decoded once: in memory, or in a file that is mapped.
+
+A cache is known by everything that its samples depend on (`key`), so a stale one is never found, only swept. Each entry
+has a checksum that is written after it and tested before its first use: a half-written or broken entry reads as missing
+and is made anew. Processes may fill one cache at once; they write the same bytes.
+"""
+
+import mmap
+import os
+import shutil
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+DONE = 1 << 32  # beside the checksum in an entry's state: the entry was written
+SMALL = 256 * 2**20  # bytes that are decoded in seconds: not worth a file
+
+
+class SampleCache:
+    """Byte strings of known lengths by index.
+
+    Args:
+        lengths: bytes of each entry.
+        folder: where the files lie; None keeps all in memory, shared with workers that are forked later.
+    """
+
+    def __init__(self, lengths: list[int], folder: Path | None = None):
+        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        self.folder = folder
+        self._lock = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
+        count, total = len(self.offsets) - 1, int(self.offsets[-1])
+        self._tested = np.zeros(count, bool)  # checksums are tested once a process
+        self._files = []
+        self.full = False
+        maps = []
+        for name, size in (("samples.bin", total), ("state.bin", 8 * count)):
+            if self.folder is None:
+                maps.append(mmap.mmap(-1, size))
+                continue
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(self.folder / name, "a+b", buffering=0)  # noqa: SIM115  (lives as long as the map)
+            file.close()
+            file = open(self.folder / name, "r+b", buffering=0)  # noqa: SIM115
+            if file.seek(0, os.SEEK_END) != size:
+                file.truncate(0)  # not ours or broken: what is missing reads as zeros, which is "not done"
+                file.truncate(size)
+            self._files.append(file)
+            maps.append(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
+        self._samples = np.frombuffer(maps[0], np.uint8)
+        self._state = np.frombuffer(maps[1], np.uint64)
+
+    def __getstate__(self):
+        return {"offsets": self.offsets, "folder": self.folder}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+        self._open()
+
+    def __contains__(self, index: int) -> bool:
+        return int(self._state[index]) >= DONE
+
+    def get(self, index: int) -> np.ndarray | None:
+        """The bytes of an entry, read-only; None when it is missing or broken."""
+        state = int(self._state[index])
+        if state < DONE:
+            return None
+        entry = self._samples[self.offsets[index] : self.offsets[index + 1]]
+        if not self._tested[index]:
+            if zlib.crc32(entry) != state - DONE:
+                return None
+            self._tested[index] = True
+        entry.flags.writeable = False
+        return entry
+
+    def put(self, index: int, parts: list[np.ndarray]) -> None:
+        """Keep an entry; without room on the disk, keep nothing more."""
+        if self.full:
+            return
+        data = np.concatenate([np.ascontiguousarray(part).view(np.uint8).reshape(-1) for part in parts])
+        assert len(data) == self.offsets[index + 1] - self.offsets[index]
+        state = np.array([zlib.crc32(data) + DONE], np.uint64)
+        try:
+            with self._lock:
+                self._write(0, self._samples, int(self.offsets[index]), data)
+                self._write(1, self._state, 8 * index, state)
+        except OSError:
+            self.full = True
+
+    def _write(self, which: int, memory: np.ndarray, offset: int, data: np.ndarray) -> None:
+        """Through the file, not its map: a full disk is then an error and not the end of the process."""
+        if self.folder is None:
+            memory.view(np.uint8)[offset : offset + data.nbytes] = data.view(np.uint8)
+            return
+        file = self._files[which]
+        file.seek(offset)
+        view = memoryview(data.view(np.uint8))
+        while view:
+            view = view[file.write(view) :]
+
+
+def open_cache(setting: str, cache_dir, key: str, lengths: list[int]) -> tuple[SampleCache | None, str]:
+    """Open the cache that `setting` asks for.
+
+    Args:
+        setting: auto (memory when small, else the disk, else memory if it fits, else none), ram, disk or off.
+        cache_dir: folder of all disk caches; None: no disk.
+        key: hexadecimal digest of all that the samples depend on.
+        lengths: bytes of each sample.
+
+    Returns:
+        (cache or None, one line that says what was chosen and why)
+    """
+    total = sum(lengths)
+    size = f"{total / 2**30:.1f} GiB" if total >= 2**30 else f"{total / 2**20:.0f} MiB"
+    if setting == "off" or not total:
+        return None, "cache: off, pictures are decoded each time"
+    if setting == "ram" or (setting == "auto" and total <= min(SMALL, _free_memory() // 2)):
+        return SampleCache(lengths), f"cache: {size} in memory"
+    why = "no cache_dir"
+    if cache_dir is not None:
+        folder = Path(cache_dir) / f"samples-{key[:24]}"
+        try:
+            if _make_room(folder, total):
+                cache = SampleCache(lengths, folder)
+                os.utime(folder)  # the least recently used go first
+                return cache, f"cache: {size} in {folder}"
+            why = f"{cache_dir} has too little room"
+        except OSError as error:
+            why = f"{cache_dir} cannot be written ({error.strerror})"
+    if setting == "auto" and total <= _free_memory() // 2:
+        return SampleCache(lengths), f"cache: {size} in memory ({why})"
+    return None, f"cache: off, {size} do not fit ({why}); pictures are decoded each time"
+
+
+def _make_room(folder: Path, total: int) -> bool:
+    """Sweep old caches until all fit in half of what the disk would have without them; False if they cannot."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    others = [path for path in folder.parent.glob("samples-*") if path.is_dir() and path != folder]
+    others.sort(key=lambda path: path.stat().st_mtime)
+    used = {path: _bytes_in(path) for path in others}
+    budget = (shutil.disk_usage(folder.parent).free + sum(used.values()) + _bytes_in(folder)) // 2
+    if total > budget:
+        return False
+    for path in others:
+        if total + sum(used.values()) <= budget:
+            break
+        shutil.rmtree(path, ignore_errors=True)
+        del used[path]
+    return True
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes that the disk holds for a folder's files; sparse files count for what is written."""
+    sizes = [path.stat() for path in folder.glob("*.bin")]
+    return sum(getattr(size, "st_blocks", size.st_size // 512) * 512 for size in sizes)
+
+
+def _free_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 * 2**30  # unknown: take what any machine that trains has
