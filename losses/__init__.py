@@ -3,11 +3,12 @@
 import difflib
 import inspect
 
+from .auxiliary import AuxLoss
 from .cross_entropy import CrossEntropy, WeightedCrossEntropy, median_frequency_weights
 from .dice import Dice
 from .focal import Focal
 from .joint import Joint
-from .pixelwise import AuxLoss, SegmentationLoss
+from .softmax_loss import SegmentationLoss
 
 __all__ = ["LOSSES", "AuxLoss", "SegmentationLoss", "build_loss", "median_frequency_weights"]
 

@@ -1,46 +1,60 @@
-"""Cross entropy over pixels, plain and class-weighted, and the weights of SegNet's paper."""
+"""Cross entropy over pixels, plain and class-weighted, and the class weights of SegNet's paper."""
 
 import numpy as np
 
-from .pixelwise import SegmentationLoss
+from .softmax_loss import SegmentationLoss
 
 
 class CrossEntropy(SegmentationLoss):
-    """Mean over the valid pixels of -log p_y; equals torch's cross_entropy, but for 0 (not NaN) where none is valid."""
+    """L = sum_V -log p_y / |V|, the mean over the valid pixels V.
+
+    Equals torch's ``cross_entropy``, except that it is 0 (not NaN) where no pixel is valid, and that
+    half-precision logits are summed in float32 (in float16 torch's sum overflows from some 240,000 pixels
+    on).
+    """
 
     def __init__(self, *, ignore_index: int = 255):
-        super().__init__(ignore_index=ignore_index, name="ce")
+        super().__init__(ignore_index=ignore_index, pixel_name="ce")
 
 
 class WeightedCrossEntropy(SegmentationLoss):
-    """Sum over valid pixels of -w_y log p_y, divided by the sum of w_y: equals torch's cross_entropy(weight=w).
+    """L = sum_V w_y (-log p_y) / sum_V w_y.
 
-    Caffe's SegNet divides by the number of pixels instead, which makes the loss's size depend on the weights.
+    Equals torch's ``cross_entropy(weight=w)``. The Caffe code of SegNet divides by |V| instead, so that there
+    the size of the loss, and with it the right learning rate, depends on the weights' scale.
+
+    Args:
+        ignore_index: label of the pixels that count for nothing.
+        class_weights: one number a class, for example from ``median_frequency_weights``.
     """
 
     def __init__(self, *, ignore_index: int = 255, class_weights=None):
         if class_weights is None:
             raise ValueError(
-                "loss 'weighted_ce' needs class_weights; got none. Give one number a class, or use 'ce'."
+                "class_weights: loss 'weighted_ce' needs one number a class; got none. Give them, or use 'ce'."
             )
-        super().__init__(ignore_index=ignore_index, class_weights=class_weights, name="weighted_ce")
+        super().__init__(ignore_index=ignore_index, class_weights=class_weights, pixel_name="weighted_ce")
 
 
 def median_frequency_weights(class_pixels, class_image_pixels) -> list[float]:
-    """Return SegNet's median-frequency weights (Badrinarayanan et al., 2017, section 4.1; Eigen and Fergus, 2015).
+    """Return w_c = median(f) / f_c, f_c = pixels of class c / valid pixels of the images with class c.
 
-    f_c = pixels of class c / valid pixels of all images in which c occurs; w_c = median(f) / f_c. The median
-    is taken over the classes that occur. A class that never occurs gets weight 1: no pixel will ever ask for
+    Papers: Eigen and Fergus, 2015, section 5.2 (https://arxiv.org/abs/1411.4734); SegNet, Badrinarayanan et
+        al., 2017
+    (https://arxiv.org/abs/1511.00561). The constants in SegNet's published files differ: they cannot be
+    computed from CamVid's published labels by this formula.
+
+    The median is over the classes that occur. A class that never occurs has weight 1: no pixel will ask for
     it.
 
     Args:
-        class_pixels: integers (C,), the pixels of each class over the training masks.
-        class_image_pixels: integers (C,), the valid pixels of the images in which the class occurs.
+        class_pixels: integers (C,): the pixels of each class over all training masks.
+        class_image_pixels: integers (C,): the valid pixels of those images in which the class occurs.
     """
     pixels = np.asarray(class_pixels, dtype=np.float64)
     image_pixels = np.asarray(class_image_pixels, dtype=np.float64)
-    occurs = pixels > 0
     weights = np.ones_like(pixels)
+    occurs = pixels > 0
     if occurs.any():
         frequency = pixels[occurs] / image_pixels[occurs]
         weights[occurs] = np.median(frequency) / frequency
