@@ -71,7 +71,7 @@ class ConfusionMatrix:
 
     def reset(self):
         """Forget all counts."""
-        # the matrix; then pictures with a valid pixel, sums of their mean IoU and Dice, pixels with a wrong id
+        # the matrix; pictures with a valid pixel; sums of their mean IoU and Dice; pixels with a wrong id
         self._sums = torch.zeros(self.num_classes**2 + 4, dtype=torch.int64, device=self.device)
 
     @property
@@ -122,7 +122,7 @@ class ConfusionMatrix:
         self._sums += other._sums.to(self.device)
 
     def state(self) -> Tensor:
-        """Return all counts as one int64 vector; the sum of several processes' vectors is their common state."""
+        """Return all counts as one int64 vector; the sum of several processes' is their common state."""
         return self._sums.clone()
 
     def load_state(self, state: Tensor):
@@ -140,7 +140,7 @@ class ConfusionMatrix:
         if bad:
             raise ValueError(
                 f"ConfusionMatrix.scores: ids must be in 0..{self.num_classes - 1} or, in masks, "
-                f"{self.ignore_index}; {bad} pixels are not. Check the masks, and that the model has {self.num_classes} classes."
+                f"{self.ignore_index}; {bad} pixels are not. Check the masks, and num_classes."
             )
         h = sums[:-4].reshape(self.num_classes, self.num_classes).astype(np.float64)  # exact to 2^53
         truth, predicted, tp, total = h.sum(1), h.sum(0), np.diag(h), h.sum()
@@ -205,8 +205,21 @@ def predicted_ids(logits: Tensor) -> Tensor:
     Returns:
         (N, H, W), uint8 up to 256 classes, else int16.
     """
-    dtype = torch.uint8 if logits.shape[1] <= 256 else torch.int16
-    return logits.argmax(1).to(dtype)
+    classes = logits.shape[1]
+    if logits.device.type != "cpu" or classes > 256:
+        return logits.argmax(1).to(torch.uint8 if classes <= 256 else torch.int16)
+    if logits.stride(1) == 1:  # channels_last: max has a faster kernel than argmax
+        return logits.max(1).indices.to(torch.uint8)
+    ids = torch.empty(logits.shape[:1] + logits.shape[2:], dtype=torch.uint8)
+    for scores, out in zip(logits, ids, strict=True):
+        # the id is the number of classes before the first that has the maximum: plain passes over planes
+        top = scores.amax(0)
+        before, below = torch.ones_like(out), torch.empty_like(out, dtype=torch.bool)
+        out.zero_()
+        for plane in scores[:-1]:
+            torch.ne(plane, top, out=below)
+            out.add_(before.mul_(below.view(torch.uint8)))
+    return ids
 
 
 def _mean(values):

@@ -82,7 +82,7 @@ def check_groups(model, groups):
     if missing or twice or strange:
         raise ValueError(
             f"optimizer: each trainable parameter of {type(model).__name__} must be in exactly one group; "
-            f"missing: {missing or 'none'}, more than once: {twice or 'none'}, frozen or of another model: {strange}. "
+            f"missing: {missing or 'none'}, more than once: {twice or 'none'}, strange: {strange}. "
             "Build the groups with parameter_groups."
         )
 
@@ -182,7 +182,7 @@ class Schedule:
         """Take note of the monitored score, higher is better; None where the epoch had no validation."""
 
     def plan(self) -> list[float]:
-        """Return the first group's rate at each step of the run, for drawing (plateau: without further cuts)."""
+        """Return the first group's rate at each step, for drawing (plateau: without further cuts)."""
         return [self.base_lrs[0] * self.factor_at(step) for step in range(self.total_steps)]
 
     def state_dict(self) -> dict:
