@@ -4,8 +4,9 @@ Edit the values here, or give any of them as a flag: `python train.py --model ps
 The defaults train on the small data set in `mock_data/`; the remarks say what to use on real pictures.
 """
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
 
 BACKBONES = {  # model: (its backbones, the one that None stands for)
     "deeplabv3plus": (("resnet18", "resnet34", "resnet50", "resnet101"), "resnet50"),
@@ -21,15 +22,16 @@ BACKBONES = {  # model: (its backbones, the one that None stands for)
 class Config:
     """One run's settings: a field a line, with what it means, its unit and its choices."""
 
-    # fmt: off  (a field a line; its remark may go on in the lines below)
+    # fmt: off
 
     # Data
     data_root: str = "mock_data"  # folder with {train,val}/{images,masks}
     num_classes: int = 4  # number of classes, background included; 2 or more
-    class_names: tuple[str, ...] | None = ("background", "disk", "square", "triangle")  # one a class;
-    # None: class_0, class_1, ...
-    class_colors: tuple[tuple[int, int, int], ...] | None = None  # one red,green,blue a class, 0 to 255;
-    # None: chosen for you
+    class_names: tuple[str, ...] | None = ("background", "berry", "leaf", "flower")  # one a class; None:
+    # class_0, class_1, ...; these here belong to mock_data and are left out with another num_classes
+    class_colors: tuple[tuple[int, int, int], ...] | None = (
+        (0, 0, 0), (204, 51, 102), (68, 170, 119), (238, 187, 68)
+    )  # red,green,blue of 0 to 255, one a class, to draw with; None: chosen for you
     in_channels: int = 3  # channels of the pictures: 1 grey, 3 colour, 4 with alpha or infrared
     image_size: tuple[int, int] | int = (128, 128)  # height and width that the network sees, in pixels; one
     # number: a square. Real pictures: 256 to 512
@@ -135,6 +137,10 @@ class Config:
         """Bring `image_size` to (height, width) and refuse what cannot be, naming field, value and remedy."""
         if isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("class_names", "class_colors"):  # the default ones go with the default number of classes
+            if getattr(self, name) == defaults[name] and self.num_classes != defaults["num_classes"]:
+                object.__setattr__(self, name, None)
         self._check_ranges()
         self._check_lengths()
         self._check_pairs()
@@ -158,6 +164,36 @@ class Config:
     def weighting(self) -> Literal["auto"] | tuple[float, ...] | None:
         """Class weights as they apply: weighted_ce without numbers means auto."""
         return "auto" if self.ce_form == "weighted_ce" and self.class_weights is None else self.class_weights
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """What the chosen network's class takes beyond classes and channels, under its own names."""
+        options: dict[str, Any] = {
+            "unet": {"base_channels": self.base_channels, "bilinear": self.bilinear},
+            "deeplabv3plus": {"output_stride": self.output_stride or 16, "separable": self.separable},
+            "pspnet": {"output_stride": self.output_stride or 8, "aux": self.aux_weight > 0},
+            "fcn": {"variant": self.fcn_variant},
+            "segnet": {"base_channels": self.base_channels},
+        }[self.model]
+        if self.backbone_name:
+            options = {"backbone": self.backbone_name, **options}
+        return options if self.dropout is None else {**options, "dropout": self.dropout}
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """What the chosen loss takes beyond classes and weights."""
+        joint = {"dice_weight": self.dice_weight, "joint_ce": self.joint_ce} if self.loss == "joint" else {}
+        return {**joint, "focal_gamma": self.focal_gamma} if self.ce_form == "focal" else joint
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where decoded pictures and the findings of the data check are kept."""
+        return Path(self.cache_dir or Path(self.output_dir) / ".cache")
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The settings as `config.json` and checkpoints hold them; `resume` is no setting of a run."""
+        return {**asdict(self), "resume": None}
 
     def _check_ranges(self) -> None:
         ranges = {  # field: (lowest, highest)

@@ -1,7 +1,8 @@
 """Files that are whole or not there: everything this program writes goes through `write_atomic`.
 
-A file is written under a hidden name beside its place, flushed to the disk, then renamed, so that a kill, a full
-disk or a power cut leaves either the old file or the new one. Checkpoints are read in `models/checkpoint.py`.
+A file is written under a hidden name beside its place, flushed to the disk, then renamed, so that a kill, a
+full disk or a power cut leaves either the old file or the new one. Checkpoints are
+read in `models/checkpoint.py`.
 """
 
 import io
@@ -75,7 +76,7 @@ def sweep(folder: Path) -> None:
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state dict under the names that the model's file gives, without what wrappers put in front."""
     return {
-        name.replace("_orig_mod.", "").removeprefix("module."): value.detach().contiguous()
+        name.replace("_orig_mod.", "").removeprefix("module."): value.detach()
         for name, value in model.state_dict().items()
     }
 

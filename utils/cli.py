@@ -5,6 +5,7 @@ A field `image_size: tuple[int, int] = (128, 128)  # height and width` becomes `
 Needs the standard library alone, so that `--help` and a wrong flag are answered at once.
 """
 
+import ast
 import difflib
 import inspect
 import io
@@ -40,10 +41,10 @@ def mendable() -> Iterator[None]:
         raise Fail(str(error)) from error
 
 
-def end_with(call: Callable[[], Any]) -> None:
-    """Run `call` and leave the process: 0, or the code of its `Fail` after one line on stderr."""
+def end_with(call: Callable[[], Any]) -> Any:
+    """What `call` returns; its `Fail` ends the process with one line on stderr and its code."""
     try:
-        call()
+        return call()
     except Fail as fail:
         print(f"error: {fail}", file=sys.stderr)
         sys.exit(fail.code)
@@ -110,6 +111,48 @@ def read_settings(path: Path, cls: type) -> dict[str, Any]:
         if name not in known:
             raise Fail(f"--config {path} has an unknown setting {name!r}.{near(name, known)}")
     return values
+
+
+def resumed_settings(
+    settings: Any, saved: dict[str, Any], given: dict[str, Any], free: tuple[str, ...]
+) -> Any:
+    """The settings of a run that goes on: its own, and those given that may change without changing the run.
+
+    Prints where the settings of today's file differ.
+
+    Args:
+        settings: today's, of the class that is returned too.
+        saved: the run's own, plain values.
+        given: what stood on the command line.
+        free: names that change no result.
+
+    Raises:
+        Fail: a given setting contradicts the run's.
+    """
+    cls = type(settings)
+    hints = get_type_hints(cls)
+    run_is = {name: coerce(name, value, hints[name]) for name, value in saved.items() if name in hints}
+    own = {field.name: run_is.get(field.name, field.default) for field in fields(cls)}
+    allowed = {"resume": settings.resume, "output_dir": settings.output_dir, "check": settings.check}
+    for name, value in given.items():
+        longer = name == "epochs" and own["scheduler"] != "poly" and value > own["epochs"]
+        if name in free or longer:
+            allowed[name] = value
+        elif name not in allowed and value != own[name]:
+            why = " and whose poly schedule plans to the last epoch" if name == "epochs" else ""
+            raise Fail(
+                f"--{name} {value} contradicts the run to resume, which has {own[name]}{why}. "
+                "Leave it out to go on, or start a new run from its weights by --init_from"
+            )
+    for name, value in own.items():
+        if (
+            name not in allowed
+            and name not in given
+            and name != "run_name"
+            and getattr(settings, name) != value
+        ):
+            print(f"  {name} stays {value}, as the run began (config.py says {getattr(settings, name)})")
+    return make(cls, own | allowed)
 
 
 def near(word: str, known: list[str]) -> str:
@@ -264,32 +307,27 @@ def field_remarks(cls: type) -> dict[str, tuple[str, str]]:
 
     A remark begins behind its field and goes on in the comments below; one after a blank line is a heading.
     """
+    source = textwrap.dedent(inspect.getsource(cls))
+    ends = {}  # last line of a field: its name
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            ends[node.end_lineno] = node.target.id
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
     remarks: dict[str, tuple[str, str]] = {}
-    heading, name, known = "", None, {field.name for field in fields(cls)}
-    previous = ""
-    for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
-        word = line.strip().split(":")[0]
-        if line.startswith("    def ") or line.startswith("    @"):
-            break
-        if word in known and line.startswith(f"    {word}:"):
-            name = word
-            remarks[name], heading = (heading, _comment(line)), ""
+    heading, name = "", None
+    for number, line in enumerate(source.splitlines(), start=1):
+        if number in ends:
+            name = ends[number]
+            remarks[name], heading = (heading, comments.get(number, "")), ""
+        elif line.strip().startswith("#") and name:
+            above, remark = remarks[name]
+            remarks[name] = (above, f"{remark} {comments[number]}")
         elif line.strip().startswith("#"):
-            if not previous.strip():
-                heading, name = line.strip("# "), None
-            elif name:
-                above, remark = remarks[name]
-                remarks[name] = (above, f"{remark} {line.strip('# ')}")
-        previous = line
+            heading = comments[number]
+        elif not line.strip():
+            name = None
     return remarks
-
-
-def _comment(line: str) -> str:
-    """The comment behind a line of code; '#' inside a string is none."""
-    try:
-        for token in tokenize.generate_tokens(io.StringIO(line.strip()).readline):
-            if token.type == tokenize.COMMENT:
-                return token.string.lstrip("# ")
-    except tokenize.TokenError:
-        pass
-    return ""

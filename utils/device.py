@@ -12,8 +12,8 @@ import torch
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of handing it back and faulting it in again at every step.
 
-    Large tensors are otherwise mapped and unmapped by the kernel at each use. To be called before the first large
-    tensor; does nothing where the C library is another one.
+    Large tensors are otherwise mapped and unmapped by the kernel at each use. To be called before the first
+    large tensor; does nothing where the C library is another one.
     """
     if sys.platform != "linux" or "MALLOC_CONF" in os.environ or "LD_PRELOAD" in os.environ:
         return  # another allocator may be in charge
@@ -87,7 +87,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory in use so far, in bytes: of the GPU's tensors, or of this process; 0 where it cannot be known."""
+    """Largest memory in use so far, in bytes: the GPU's tensors, or this process; 0 where nobody can tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,0 +1,388 @@
+"""Predict masks for pictures: edit class Args, then run `python predict.py`. Every field is also a flag."""
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from utils.cli import Fail, Parsed, end_with, mendable, parse
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to predict, with which checkpoint, and what to write."""
+
+    # fmt: off
+
+    # What
+    weights: str | None = None  # a run's best.pt or last.pt; None: the newest best.pt in runs/
+    input: str = "mock_data/predict"  # a picture, a folder of pictures, or a pattern such as "photos/*.jpg"
+    recursive: bool = False  # take the pictures in the input's sub-folders, too
+    truth: str | None = None  # folder of masks of the same names: score the predictions
+
+    # How
+    window: tuple[int, int] | int | None = None  # height and width of a window that slides over each picture
+    # at its own scale, for large ones; None: as in training
+    overlap: float = 0.25  # share of a window in common with its neighbour, 0 to 0.9
+    tta: Literal["none", "flip", "multiscale"] = "none"  # average over the picture and its mirror image, and
+    # over three scales; slower, a little better
+    threshold: float | None = None  # two classes: probability from which a pixel is class 1; None: 0.5
+    batch_size: int = 8  # pictures, or windows, that are computed together
+    num_workers: int = 2  # threads that read and write pictures beside the network
+    device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
+    amp: Literal["auto", "off", "bf16", "fp16"] | None = None  # mixed precision; None: as in training
+
+    # What to write
+    output: str = "predictions"  # folder for masks/, overlays/ and summary.csv
+    encoding: Literal["index", "source"] = "index"  # masks as class ids with a palette, or encoded as the
+    # training masks were
+    overlay: bool = True  # write each picture with its classes over it and a legend
+    probabilities: bool = False  # write each picture's class probabilities, float16 (classes, height, width)
+
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Bring `window` to (height, width) and refuse what cannot be."""
+        if isinstance(self.window, int):
+            object.__setattr__(self, "window", (self.window, self.window))
+        for name, low, high in (("overlap", 0, 0.9), ("threshold", 0, 1)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} must be {low} to {high}; got {value}")
+        for name in ("batch_size", "num_workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
+        if self.window and min(self.window) < 32:
+            raise ValueError(f"window must be 32 pixels or more a side; got {self.window}")
+
+
+PARSED: Parsed | None = None
+if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
+    PARSED = end_with(lambda: parse(Args, sys.argv[1:], __doc__))
+
+import csv
+import io
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import Config
+from datasets import Encoding, find_images, pair_truth, read_image, read_mask
+from datasets.folder import read_fitted
+from datasets.transforms import Box, fit
+from metrics import ConfusionMatrix, predicted_ids
+from models import load_model
+from utils import visualize
+from utils.checkpoint import write_atomic, write_image, write_text
+from utils.device import describe_device, keep_freed_memory, pick_device, pick_precision
+from utils.inference import Network, picture_logits
+from utils.run import class_table, format_score, format_table, newest_weights, try_output
+
+SUMMARY = "summary.csv"
+
+
+def segment(model: nn.Module, picture: np.ndarray) -> np.ndarray:
+    """Class ids of one picture, at its own size.
+
+    Args:
+        model: from `models.load_model`.
+        picture: uint8 (H, W, C) with the channels that the model was trained on, as `datasets.read_image`
+            gives it.
+
+    Returns:
+        uint8 (H, W), int16 above 256 classes.
+    """
+    info, device = model.info, next(model.parameters()).device
+    network = Network(model, mean=info.mean, std=info.std, device=device, precision=torch.float32, fold=False)
+    image, box = fit(picture, info.image_size, info.resize)
+    logits = picture_logits(network, [chw(image)], [box], window_of(info, None))
+    return predicted_ids(logits[0])[0].cpu().numpy()
+
+
+def main(args: Args) -> int:
+    """Predict as `args` says; returns the number of pictures that could not be read.
+
+    Raises:
+        Fail: for all that the user can mend, before anything is written; code 1 where pictures were skipped.
+    """
+    keep_freed_memory()
+    with mendable():
+        weights = Path(args.weights) if args.weights else newest_weights(Path(Config().output_dir))
+        device = pick_device(args.device)
+        model = load_model(weights, device)
+        info = model.info
+        num_classes, in_channels = info.architecture["num_classes"], info.architecture["in_channels"]
+        if args.threshold is not None and num_classes != 2:
+            raise ValueError(f"threshold is for two classes; {weights} has {num_classes}. Leave it out")
+        precision = pick_precision(args.amp or info.amp, device)
+        files = find_images(args.input, args.recursive)
+        encoding = Encoding.from_dict(info.encoding)
+        truths = pair_truth(files, args.truth, info.mask_suffix, encoding) if args.truth else []
+        output = Path(args.output)
+        try_output(output)
+        refuse_foreign_output(output)
+    network = Network(model, mean=info.mean, std=info.std, device=device, precision=precision, tta=args.tta)
+    window = window_of(info, args.window)
+    names = output_names(files, Path(args.input))
+    print(
+        f"{weights}: {info.architecture['name']}, {num_classes} classes, epoch {info.epoch}; "
+        f"{len(files)} pictures; {describe_device(device)}, {str(precision).removeprefix('torch.')}"
+    )
+    total = ConfusionMatrix(num_classes, info.ignore_index)
+    rows, failed, saving = [], [], []
+    with ThreadPoolExecutor(args.num_workers) as threads:
+        resize = "crop" if window else info.resize
+        ahead = 2 * args.batch_size
+        reader = read_ahead(threads, files, ahead, in_channels, info.image_size, resize, args.overlay)
+        for batch in batches_of(reader, args.batch_size, failed):
+            images, boxes = [chw(found.image) for _, found in batch], [found.box for _, found in batch]
+            logits = picture_logits(network, images, boxes, window, args.overlap)
+            for (index, found), one in zip(batch, logits, strict=True):
+                ids = predicted_ids(one) if args.threshold is None else above(one, args.threshold)
+                ids = ids[0].cpu()
+                row = {"picture": str(files[index]), **shares(ids, info.class_names)}
+                if truths:
+                    row |= score(ids, truths[index], encoding, info, total)
+                rows.append(row)
+                probabilities = one[0].softmax(0).half().cpu().numpy() if args.probabilities else None
+                saving.append(
+                    threads.submit(
+                        save, args, info, encoding, names[index], found.picture, ids.numpy(), probabilities
+                    )
+                )
+            saving = wait_for(saving, keep=2 * args.batch_size)
+        wait_for(saving, keep=0)
+    write_rows(output / SUMMARY, rows)
+    print_shares(rows, info.class_names)
+    if args.truth:
+        print_scores(output, rows, total, info.class_names)
+    print(
+        f"wrote {len(rows)} masks to {output / 'masks'}"
+        + (f", overlays to {output / 'overlays'}" if args.overlay else "")
+    )
+    if failed:
+        lines = "\n".join(f"  {message}" for message in failed)
+        raise Fail(f"{len(failed)} of {len(files)} pictures could not be read and were skipped:\n{lines}", 1)
+    return 0
+
+
+def window_of(info: Any, window: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The sliding window: the one asked for, the training windows' size for resize crop, or none."""
+    return window or (tuple(info.image_size) if info.resize == "crop" else None)
+
+
+def chw(image: np.ndarray) -> Tensor:
+    """uint8 (H, W, C) as a tensor (C, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def refuse_foreign_output(output: Path) -> None:
+    """Earlier predictions may be replaced, somebody else's masks not.
+
+    Raises:
+        FileExistsError: `output` has a masks folder that no prediction wrote.
+    """
+    if (output / "masks").exists() and not (output / SUMMARY).exists():
+        raise FileExistsError(f"{output / 'masks'} exists and is not from a prediction. Give another output")
+    if (output / SUMMARY).exists():
+        print(f"{output} holds earlier predictions: those of the same pictures are replaced")
+
+
+def output_names(images: Sequence[Path], source: Path) -> list[str]:
+    """A name without ending for each picture, with the input's sub-folders; never the same for two.
+
+    Pictures that differ in their ending alone keep it: a.jpg and a.png become a_jpg and a_png.
+    """
+    base = source if source.is_dir() else Path(os.path.commonpath([image.parent for image in images]))
+    plain = [image.relative_to(base).with_suffix("").as_posix() for image in images]
+    taken = {name.lower() for name in plain if plain.count(name) == 1}
+    names = []
+    for image, name in zip(images, plain, strict=True):
+        if plain.count(name) > 1:
+            name = f"{name}_{image.suffix[1:]}"
+            while name.lower() in taken:
+                name += "_"
+            taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+@dataclass
+class Found:
+    """A picture that was read."""
+
+    image: np.ndarray  # uint8 (h, w, C), as the network sees it
+    box: Box
+    picture: np.ndarray | None  # uint8 (H, W, C), to draw on
+
+
+def read_ahead(
+    threads: ThreadPoolExecutor,
+    files: Sequence[Path],
+    ahead: int,
+    in_channels: int,
+    image_size: Sequence[int],
+    resize: str,
+    to_draw: bool,
+) -> Iterator[tuple[int, Found | ValueError | OSError]]:
+    """Yield (index, picture) in order, read by threads beside the network; an error stands for itself."""
+
+    def read(path: Path) -> Found | ValueError | OSError:
+        try:
+            image, box = read_fitted(path, in_channels, image_size, resize)
+            return Found(image, box, read_image(path, in_channels) if to_draw else None)
+        except (ValueError, OSError) as error:
+            return error
+
+    pending: deque[Future] = deque()
+    with tqdm(total=len(files), unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for index in range(len(files) + ahead):
+            if index < len(files):
+                pending.append(threads.submit(read, files[index]))
+            if index >= ahead:
+                yield index - ahead, pending.popleft().result()
+                bar.update()
+
+
+def batches_of(
+    reader: Iterator[tuple[int, Found | ValueError | OSError]], batch_size: int, failed: list[str]
+) -> Iterator[list[tuple[int, Found]]]:
+    """Gather what was read into batches; the messages of what was not go to `failed`."""
+    batch = []
+    for index, found in reader:
+        if isinstance(found, Exception):
+            failed.append(str(found))
+            print(f"skipped: {found}", file=sys.stderr)
+            continue
+        batch.append((index, found))
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def above(logits: Tensor, threshold: float) -> Tensor:
+    """Class 1 where its probability is at least `threshold`; logits (N, 2, H, W)."""
+    return (logits.softmax(1)[:, 1] >= threshold).to(torch.uint8)
+
+
+def shares(ids: Tensor, class_names: Sequence[str]) -> dict[str, float]:
+    """Each class's share of the picture's pixels, by name."""
+    counts = torch.bincount(ids.flatten().int(), minlength=len(class_names))
+    return {name: count / ids.numel() for name, count in zip(class_names, counts.tolist(), strict=True)}
+
+
+def score(
+    ids: Tensor, truth: Path, encoding: Encoding, info: Any, total: ConfusionMatrix
+) -> dict[str, float]:
+    """Count a prediction against its mask, in `total` and alone; the columns of scores.csv."""
+    with mendable():
+        target = torch.from_numpy(encoding.encode(read_mask(truth, encoding.as_colours)))
+        own = ConfusionMatrix(len(info.class_names), info.ignore_index)
+        own.update(ids, target)
+    total.merge(own)
+    scores = own.scores()
+    return {
+        "mean_iou": scores.mean_iou,
+        "mean_dice": scores.mean_dice,
+        "pixel_accuracy": scores.pixel_accuracy,
+    }
+
+
+def save(
+    args: Args,
+    info: Any,
+    encoding: Encoding,
+    name: str,
+    picture: np.ndarray | None,
+    ids: np.ndarray,
+    probabilities: np.ndarray | None,
+) -> None:
+    """Write one picture's mask, and its overlay and probabilities where asked for."""
+    output = Path(args.output)
+
+    def place(folder: str, ending: str) -> Path:
+        path = output / folder / f"{name}{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    mask = encoding.decode(ids) if args.encoding == "source" else visualize.mask_image(ids, info.palette)
+    write_image(place("masks", ".png"), mask, compress_level=1)
+    if picture is not None:
+        blended = visualize.overlay(picture, ids, info.palette)
+        drawn = visualize.with_legend(blended, info.class_names, info.palette)
+        write_image(place("overlays", ".png"), drawn, compress_level=1)
+    if probabilities is not None:
+        write_atomic(
+            place("probabilities", ".npz"),
+            lambda file: np.savez_compressed(file, probabilities=probabilities),
+        )
+
+
+def wait_for(saving: list[Future], keep: int) -> list[Future]:
+    """Wait for the oldest writes until `keep` are left, so that memory stays bounded and errors are seen.
+
+    Raises:
+        Fail: the disk is full or cannot be written.
+    """
+    while len(saving) > keep:
+        try:
+            saving.pop(0).result()
+        except OSError as error:
+            raise Fail(
+                f"predictions cannot be written: {error}. What was written before is whole", 1
+            ) from error
+    return saving
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A CSV of the rows, four digits a number."""
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    )
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{v:.6f}" if isinstance(v, float) else v for name, v in row.items()})
+    write_text(path, text.getvalue())
+
+
+def print_shares(rows: list[dict[str, Any]], class_names: Sequence[str]) -> None:
+    """Each class's share of all pictures, and in how many of them it occurs."""
+    table = []
+    for name in class_names:
+        values = [row[name] for row in rows]
+        table.append(
+            ["  " + name, f"{100 * sum(values) / max(1, len(values)):.2f} %", str(sum(v > 0 for v in values))]
+        )
+    print(format_table(["  class", "share", "pictures"], table))
+
+
+def print_scores(
+    output: Path, rows: list[dict[str, Any]], total: ConfusionMatrix, class_names: Sequence[str]
+) -> None:
+    """Write scores.csv, worst picture first, and print the table of the whole set."""
+    scored = [
+        {"picture": row["picture"], **{k: row[k] for k in ("mean_iou", "mean_dice", "pixel_accuracy")}}
+        for row in rows
+    ]
+    write_rows(output / "scores.csv", sorted(scored, key=lambda row: row["mean_iou"]))
+    scores = total.scores()
+    print(
+        f"against the truth: mean IoU {format_score(scores.mean_iou)}, "
+        f"mean Dice {format_score(scores.mean_dice)}, pixel accuracy {format_score(scores.pixel_accuracy)}"
+    )
+    print(class_table(class_names, scores))
+
+
+if __name__ == "__main__":
+    assert PARSED is not None
+    end_with(lambda: main(PARSED.settings))

@@ -1,0 +1,175 @@
+"""Settings: flags from the dataclass, and errors that name the culprit and the remedy."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from config import Config
+from utils.cli import Fail, field_remarks, help_text, parse, resumed_settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def settings(*argv):
+    return parse(Config, list(argv), "usage").settings
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--epochs", "3"], "epochs", 3),
+        (["--epochs=3"], "epochs", 3),
+        (["--learning-rate", "1e-3"], "learning_rate", 0.001),
+        (["--image_size", "64", "96"], "image_size", (64, 96)),
+        (["--image-size", "64"], "image_size", (64, 64)),
+        (["--compile"], "compile", True),
+        (["--no-channels_last"], "channels_last", False),
+        (["--no-channels-last"], "channels_last", False),
+        (["--channels_last", "false"], "channels_last", False),
+        (["--num_workers", "none"], "num_workers", None),
+        (["--class_names", "a", "b", "c", "d"], "class_names", ("a", "b", "c", "d")),
+        (["--class_names", "none"], "class_names", None),
+        (["--ignore_index", "-1"], "ignore_index", -1),
+        (["--loss", "weighted_ce", "--class_weights", "auto"], "class_weights", "auto"),
+        (["--loss", "focal", "--class_weights", "1", "2", "3", "4"], "class_weights", (1.0, 2.0, 3.0, 4.0)),
+        (
+            ["--class_colors", "0,0,0", "#ff0000", "1,2,3", "9,9,9"],
+            "class_colors",
+            ((0, 0, 0), (255, 0, 0), (1, 2, 3), (9, 9, 9)),
+        ),
+        (["--model", "fcn", "--backbone", "vgg11"], "backbone", "vgg11"),
+        (["--model", "pspnet", "--output_stride", "16"], "output_stride", 16),
+    ],
+)
+def test_a_flag_sets_its_field(argv, name, value):
+    assert getattr(settings(*argv), name) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--modle", "unet"], ["--modle", "'model'"]),
+        (["--model", "unett"], ["unet, deeplabv3plus", "'unett'", "Did you mean 'unet'"]),
+        (["--epoch", "3"], ["--epoch", "'epochs'"]),  # no abbreviations
+        (["--epochs", "many"], ["epochs", "a whole number", "'many'"]),
+        (["--epochs", "0"], ["epochs", "1 or more", "0"]),
+        (["--epochs"], ["epochs", "needs a value"]),
+        (["--epochs", "3", "--epochs", "4"], ["epochs", "twice"]),
+        (["epochs=3"], ["'epochs=3'", "--name value"]),
+        (["--image_size", "1", "2", "3"], ["image_size", "two whole numbers"]),
+        (["--image_size", "16"], ["image_size", "32 pixels"]),
+        (["--no-epochs"], ["--no-epochs"]),
+        (["--no-compile", "yes"], ["--no-compile", "no value"]),
+        (["--learning_rate", "nan"], ["learning_rate", "a number"]),
+        (["--learning_rate", "-1"], ["learning_rate"]),
+        (["--num_classes", "1"], ["num_classes", "2"]),
+        (["--class_names", "a", "b"], ["class_names", "4 classes", "got 2"]),
+        (["--class_names", "a", "a", "b", "c"], ["class_names", "differ"]),
+        (["--ignore_index", "3"], ["ignore_index", "0 to 3", "got 3"]),
+        (["--backbone", "resnet50"], ["backbone", "deeplabv3plus", "unet"]),
+        (["--model", "fcn", "--backbone", "resnet50"], ["backbone", "vgg16", "resnet50"]),
+        (["--model", "segnet", "--separable"], ["separable", "deeplabv3plus"]),
+        (["--model", "deeplabv3plus", "--output_stride", "32"], ["output_stride", "8 or 16"]),
+        (["--focal_gamma", "1"], ["focal_gamma", "focal"]),
+        (["--scheduler", "step", "--poly_power", "2"], ["poly_power", "poly"]),
+        (["--accumulate", "3"], ["accumulate", "batch_size"]),
+        (["--model", "fcn", "--freeze_backbone"], ["freeze_backbone", "pretrained"]),
+        (["--scale", "2", "1"], ["scale"]),
+        (["--config", "nowhere.json"], ["nowhere.json", "config.json"]),
+    ],
+)
+def test_wrong_input_is_refused_with_culprit_and_remedy(argv, words):
+    with pytest.raises(Fail) as caught:
+        settings(*argv)
+    assert caught.value.code == 2
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_field_has_a_remark_and_help_shows_it_with_its_default():
+    remarks, text = field_remarks(Config), help_text(Config, "usage")
+    for field in fields(Config):
+        assert len(remarks[field.name][1]) > 10, field.name
+        assert f"--{field.name}" in text
+    assert "(default: unet)" in text
+    assert "Augmentation" in text
+
+
+def test_a_remark_goes_on_in_the_comment_below_its_field():
+    assert field_remarks(Config)["resize"][1].endswith("windows cut at native scale")
+
+
+def test_the_names_and_colours_of_mock_data_are_left_out_with_another_number_of_classes():
+    found = settings("--num_classes", "11", "--ignore_index", "11")
+    assert (found.class_names, found.class_colors) == (None, None)
+    assert found.names[10] == "class_10"
+
+
+def test_edited_defaults_are_checked_by_type_as_flags_are():
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class Edited:
+        epochs: int = "ten"  # number of epochs
+
+    with pytest.raises(Fail, match="epochs must be a whole number; got 'ten'"):
+        parse(Edited, [], "usage")
+
+
+def test_config_file_is_read_and_flags_override_it(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(
+        json.dumps({"epochs": 7, "image_size": [64, 96], "why": "a test", "versions": {"x": "1"}})
+    )
+    found = settings("--config", str(path), "--epochs", "8")
+    assert (found.epochs, found.image_size) == (8, (64, 96))
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("{", "JSON"), ("[1]", "object"), ('{"epoch": 3}', "'epochs'"), ('{"epochs": "x"}', "epochs")],
+)
+def test_a_wrong_config_file_is_refused(tmp_path, text, word):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(Fail, match=word):
+        settings("--config", str(path))
+
+
+def test_saved_settings_come_back_equal(tmp_path):
+    path = tmp_path / "config.json"
+    written = Config(loss="focal", class_weights=(1.0, 2.0, 3.0, 4.0), image_size=96, num_workers=2)
+    path.write_text(json.dumps(written.saved))
+    assert settings("--config", str(path)) == written
+
+
+def test_resuming_keeps_the_runs_settings_and_refuses_a_contradiction():
+    run = Config(epochs=5, scheduler="none", batch_size=4).saved
+    today = Config(resume="runs/x", batch_size=8)
+    assert resumed_settings(today, run, {"num_workers": 2}, ("num_workers",)).batch_size == 4
+    assert resumed_settings(today, run, {"epochs": 9}, ()).epochs == 9
+    with pytest.raises(Fail, match="batch_size 8 contradicts.* has 4"):
+        resumed_settings(today, run, {"batch_size": 8}, ())
+    with pytest.raises(Fail, match="epochs"):
+        resumed_settings(today, Config(epochs=5).saved, {"epochs": 9}, ())
+
+
+@pytest.mark.parametrize("door", ["train.py", "predict.py"])
+def test_help_and_a_wrong_flag_are_answered_before_torch_is_imported(door):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{door!r}, sys.argv[1]]\n"
+        "try:\n"
+        f"    runpy.run_path({door!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    print('torch' in sys.modules, file=sys.stderr)\n"
+    )
+    for flag, status in (("--help", 0), ("--nonsense", 2)):
+        done = subprocess.run([sys.executable, "-c", code, flag], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status
+        assert done.stderr.splitlines()[-1] == "False"
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,765 @@
+"""Train a segmentation network: edit config.py, then run `python train.py`. Every setting is also a flag."""
+
+import sys
+
+from config import Config
+from utils.cli import Fail, Parsed, end_with, mendable, parse, resumed_settings
+
+PARSED: Parsed | None = None
+if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
+    PARSED = end_with(lambda: parse(Config, sys.argv[1:], __doc__))
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from datasets import DataReport, check_data
+from datasets.folder import SegmentationDataset
+from datasets.sampling import Loader, epoch_batches
+from datasets.transforms import Augmentation, mean_std
+from losses import AuxLoss, build_loss, median_frequency_weights
+from metrics import ConfusionMatrix, Scores, predicted_ids
+from models import build_model, load_pretrained, read_checkpoint
+from utils import run as run_files
+from utils import visualize
+from utils.checkpoint import (
+    FORMAT,
+    first_non_finite,
+    load_fitting,
+    plain_weights,
+    save_atomic,
+    sweep,
+    write_image,
+    write_json,
+)
+from utils.device import (
+    autocast,
+    describe_device,
+    keep_freed_memory,
+    peak_memory,
+    pick_device,
+    pick_precision,
+)
+from utils.ema import Ema
+from utils.inference import Network, normalize, picture_logits
+from utils.optim import Schedule, build_optimizer, build_schedule
+from utils.run import END_MARK, Clock, StopSignal, class_table, format_score, score_columns
+
+FREE = ("num_workers", "device", "cache", "cache_dir", "save_every_minutes")  # settings that change no result
+SHOWN = 4  # pictures in a panel of samples/ and in the report
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint holds beside weights, optimizer and schedule."""
+
+    epoch: int = 0  # epochs that are over
+    step: int = 0  # steps of the present epoch that are over
+    sums: dict[str, float] = field(default_factory=dict)  # of the present epoch: each loss term x pictures
+    best: float = -1.0  # monitored score
+    best_epoch: int = 0
+    stalled: int = 0  # validations since the best
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of log.csv
+
+
+@dataclass
+class Run:
+    """What the functions of a run share; built once by `build`, changed only by training."""
+
+    config: Config
+    report: DataReport
+    device: torch.device
+    precision: torch.dtype
+    train_set: SegmentationDataset
+    val_set: SegmentationDataset
+    loader: Loader
+    architecture: dict[str, Any]
+    model: nn.Module
+    forward: Callable[[Tensor], Any]  # the model, or its compiled form
+    loss_fn: AuxLoss
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    ema: Ema | None
+    mean: list[float]
+    std: list[float]
+    palette: list[list[int]]
+    folder: Path = Path()
+    progress: Progress = field(default_factory=Progress)
+    clock: Clock = field(default_factory=Clock)
+    stop: StopSignal = field(default_factory=StopSignal)
+    saved_at: float = field(default_factory=time.monotonic)
+
+
+def main(config: Config, given: dict[str, Any] | None = None) -> Path:
+    """Train as `config` says and return the run's folder.
+
+    Args:
+        config: the settings.
+        given: those of them that the user asked for expressly; resuming refuses what contradicts the run.
+
+    Raises:
+        Fail: with the exit code, for all that the user can mend and for what stopped the work.
+    """
+    keep_freed_memory()
+    saved = None
+    with mendable():
+        run_files.try_output(Path(config.output_dir))
+        if config.resume:
+            folder = run_files.find_run(config.resume, Path(config.output_dir))
+            saved = read_checkpoint(folder / "last.pt")
+            print(f"resuming {folder}")
+            config = resumed_settings(config, saved["config"], given or {}, FREE)
+        device = pick_device(config.device)
+        report = check_data(
+            config.data_root,
+            num_classes=config.num_classes,
+            ignore_index=config.ignore_index,
+            class_names=config.class_names,
+            class_colors=config.class_colors,
+            in_channels=config.in_channels,
+            labels=config.labels,
+            mask_suffix=config.mask_suffix,
+            cache_dir=config.cache_folder,
+            progress=progress_bar,
+        )
+    print(report.describe(), flush=True)
+    if config.check:
+        return Path(config.data_root)
+    with mendable():
+        run = build(config, report, device, pretrain=saved is None)
+        if saved is None:
+            run.folder = run_files.create_run(Path(config.output_dir), config.run_name, config.model)
+        else:
+            run.folder = folder
+            sweep(folder)
+            restore_state(run, saved)
+    try:
+        with run.stop:
+            start(run)
+            train(run)
+    except OSError as error:
+        raise Fail(
+            f"{run.folder} cannot be written: {error}. Make room, then --resume {run.folder}", 1
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise Fail(
+            f"out of memory on {run.device}, with a peak of {peak_memory(run.device) / 2**30:.1f} GiB. "
+            "Try accumulate 2, a smaller batch_size, image_size or base_channels, or amp bf16; "
+            f"{run.folder} can be resumed",
+            1,
+        ) from error
+    finally:
+        run.loader.close()
+    return run.folder
+
+
+def build(config: Config, report: DataReport, device: torch.device, pretrain: bool) -> Run:
+    """Everything a run needs, from its settings and its data; nothing is written yet.
+
+    Raises:
+        ValueError: a combination that does not work; the message says which setting to change.
+    """
+    precision = pick_precision(config.amp, device)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic)
+    if device.type == "cuda" and precision != torch.float32:
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
+    train_set, val_set = build_datasets(config, report)
+    torch.manual_seed(config.seed)
+    architecture = {
+        "name": config.model,
+        "num_classes": config.num_classes,
+        "in_channels": config.in_channels,
+        "options": config.model_options,
+    }
+    model = build_model(config.model, config.num_classes, config.in_channels, **architecture["options"])
+    if pretrain:
+        load_first_weights(model, config)
+    model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if config.freeze_backbone:
+        model.backbone.requires_grad_(False)
+    weights = class_weights(config, report)
+    loss_fn = AuxLoss(
+        build_loss(config.loss, config.ignore_index, weights, **config.loss_options), config.aux_weight
+    )
+    optimizer = build_optimizer(
+        model,
+        config.optimizer,
+        config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        backbone_lr_scale=config.backbone_lr_scale,
+    )
+    steps_per_epoch = len(epoch_batches(len(train_set), config.batch_size, config.seed, epoch=0))
+    schedule = build_schedule(
+        optimizer,
+        config.scheduler,
+        steps_per_epoch=steps_per_epoch,
+        epochs=config.epochs,
+        warmup_steps=min(config.warmup_steps, steps_per_epoch * config.epochs // 2),
+        step_size=config.step_size,
+        step_gamma=config.step_gamma,
+        poly_power=config.poly_power,
+        plateau_factor=config.plateau_factor,
+        plateau_patience=config.plateau_patience,
+    )
+    mean, std = mean_std(config.in_channels)
+    return Run(
+        config=config,
+        report=report,
+        device=device,
+        precision=precision,
+        train_set=train_set,
+        val_set=val_set,
+        loader=Loader(train_set, num_workers=config.num_workers or 0, pin_memory=device.type == "cuda"),
+        architecture=architecture,
+        model=model,
+        forward=torch.compile(model) if config.compile else model,
+        loss_fn=loss_fn.to(device),
+        optimizer=optimizer,
+        schedule=schedule,
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        ema=Ema(model, config.ema_decay) if config.ema_decay else None,
+        mean=mean,
+        std=std,
+        palette=[
+            list(color) for color in config.class_colors or visualize.default_palette(config.num_classes)
+        ],
+    )
+
+
+def build_datasets(config: Config, report: DataReport) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """Training pictures with augmentation, validation pictures without."""
+    shared = dict(
+        encoding=report.encoding,
+        image_size=config.image_size,
+        resize=config.resize,
+        in_channels=config.in_channels,
+        ignore_index=config.ignore_index,
+        seed=config.seed,
+    )
+    augmentation = Augmentation(
+        hflip=config.hflip,
+        vflip=config.vflip,
+        scale=config.scale,
+        rotate=config.rotate,
+        color_jitter=config.color_jitter,
+    )
+    train_set = SegmentationDataset(report.train, augmentation=augmentation, **shared)
+    return train_set, SegmentationDataset(report.val, **shared)
+
+
+def class_weights(config: Config, report: DataReport) -> list[float] | None:
+    """The class weights in numbers; `auto` comes from the training masks, and is printed."""
+    if config.weighting != "auto":
+        return None if config.weighting is None else list(config.weighting)
+    weights = median_frequency_weights(report.class_pixels["train"], report.class_image_pixels)
+    print("class weights (median frequency): " + ", ".join(f"{w:.4g}" for w in weights))
+    return weights
+
+
+def load_first_weights(model: nn.Module, config: Config) -> None:
+    """Load `pretrained` into the backbone and `init_from` into the whole, and say what did not fit."""
+    if config.pretrained != "none":
+        print(load_pretrained(model, config.pretrained))
+    if config.init_from:
+        checkpoint = read_checkpoint(config.init_from)
+        skipped = load_fitting(model, checkpoint.get("ema") or checkpoint["model"])
+        print(
+            f"weights from {config.init_from}"
+            + (f"; {len(skipped)} skipped:" if skipped else ", all of them")
+        )
+        for line in skipped:
+            print(f"  {line}")
+
+
+def progress_bar(
+    iterable: Iterable[Any] | None = None, total: int | None = None, description: str = "", unit: str = "img"
+) -> tqdm:
+    """A bar on a terminal; silent elsewhere."""
+    return tqdm(
+        iterable,
+        description,
+        total,
+        leave=False,
+        unit=unit,
+        dynamic_ncols=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+def start(run: Run) -> None:
+    """Write what this run is, draw one augmented batch, and print the table of what will happen."""
+    config = run.config
+    write_json(run.folder / "config.json", config.saved | {"versions": run_files.versions()})
+    (run.folder / "samples").mkdir(exist_ok=True)
+    keys = [(0, index) for index in range(min(2 * SHOWN, len(run.train_set)))]
+    images, masks = run.train_set.batch(keys)
+    panel = visualize.augmented_panel(
+        hwc(images), masks.numpy(), config.names, run.palette, config.ignore_index
+    )
+    write_image(run.folder / "samples" / "augmented.png", panel)
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    options = [f"{name} {value}" for name, value in config.model_options.items()]
+    loss = [f"{name} {value}" for name, value in config.loss_options.items()]
+    height, width = config.image_size
+    rows = {
+        "data": f"{config.data_root}, {len(run.train_set)} pictures to train, {len(run.val_set)} to validate",
+        "classes": f"{config.num_classes}: {', '.join(config.names)}",
+        "picture": f"{height} x {width}, {config.resize}, {config.in_channels} channels",
+        "model": f"{config.model} ({', '.join(options)})",
+        "size": f"{parameters / 1e6:.2f} M parameters, {multiply_adds(run) / 1e9:.2f} G multiply-adds",
+        "loss": ", ".join([config.loss, *loss]),
+        "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g}, batch {config.batch_size}",
+        "schedule": f"{config.scheduler}, {config.epochs} epochs of {run.schedule.steps_per_epoch} steps, "
+        f"{run.schedule.warmup_steps} of them to warm up",
+        "device": f"{describe_device(run.device)}, {str(run.precision).removeprefix('torch.')}",
+        "folder": str(run.folder),
+    }
+    print("\n".join(f"{name:<10} {text}" for name, text in rows.items()), flush=True)
+
+
+def multiply_adds(run: Run) -> float:
+    """Multiply-adds of one picture's way through the network, counted without computing them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        twin = build_model(*list(run.architecture.values())[:3], **run.architecture["options"]).eval()
+        picture = torch.empty(1, run.config.in_channels, *run.config.image_size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(picture)
+    return counter.get_total_flops() / 2
+
+
+def train(run: Run) -> None:
+    """All epochs that are left, then the report."""
+    config, progress = run.config, run.progress
+    while progress.epoch < config.epochs and not (
+        config.early_stop and progress.stalled >= config.early_stop
+    ):
+        number = progress.epoch + 1
+        print(f"Epoch {number}/{config.epochs}", flush=True)
+        started = time.perf_counter()
+        train_one_epoch(run)
+        row = {
+            "epoch": number,
+            "steps": run.schedule.position,
+            "learning_rate": run.schedule.base_lrs[0] * run.schedule.factor_at(run.schedule.position - 1),
+            **{f"train_{name}": value / len(run.train_set) for name, value in progress.sums.items()},
+        }
+        seconds = time.perf_counter() - started
+        row["images_per_second"] = len(run.train_set) / seconds
+        found = None
+        if number % config.val_every == 0 or number == config.epochs:
+            with run.clock.to("validation"):
+                found = evaluate(run, averaged_weights(run))
+            row |= score_columns(config.names, found.scores, found.loss)
+        end_epoch(run, row, found)
+        print_epoch(run, row, found)
+        if found and (number == config.epochs or number % max(1, config.epochs // 10) == 0):
+            with run.clock.to("saving"):
+                panel = visualize.sample_panels(found.rows, config.names, run.palette, config.ignore_index)
+                write_image(run.folder / "samples" / f"epoch_{number:03d}.png", panel)
+    if progress.epoch < config.epochs:
+        print(f"no better {config.monitor} for {progress.stalled} validations: stopped early")
+    finish(run)
+
+
+def train_one_epoch(run: Run) -> None:
+    """The steps of the present epoch that are left; each term's sum over pictures goes to `progress.sums`.
+
+    Raises:
+        Fail: a signal came (after saving), or the loss is not finite.
+    """
+    config, progress = run.config, run.progress
+    epoch = progress.epoch
+    batches = epoch_batches(len(run.train_set), config.batch_size, config.seed, epoch)
+    sums = {name: torch.tensor(value, device=run.device) for name, value in progress.sums.items()}
+    bad_step = torch.tensor(-1, device=run.device)  # the first whose loss is not finite
+    shown_at = 0.0
+    set_train_mode(run)
+    loader = iter(run.loader.epoch(batches, epoch, progress.step))
+    with progress_bar(total=len(run.train_set), description=f"Epoch {epoch + 1}") as bar:
+        bar.update(sum(len(batch) for batch in batches[: progress.step]))
+        for step in range(progress.step, len(batches)):
+            with run.clock.to("data"):
+                images, masks, _ = next(loader)
+            with run.clock.to("step"):
+                terms = train_step(run, images, masks, epoch, step)
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + value.double() * len(images)
+                bad_step = torch.where((bad_step < 0) & ~torch.isfinite(terms["loss"]), step, bad_step)
+                due = time.monotonic() - shown_at > 0.5 or step + 1 == len(batches)
+                if due or run.device.type == "cpu":  # the only wait for the device
+                    refuse_non_finite(run, int(bad_step), batches)
+                if due:
+                    seen = sum(len(batch) for batch in batches[: step + 1])
+                    bar.set_postfix_str(f"loss {float(sums['loss']) / seen:.4f}", refresh=False)
+                    shown_at = time.monotonic()
+            bar.update(len(images))
+            progress.step = step + 1
+            late = (
+                config.save_every_minutes and time.monotonic() - run.saved_at > 60 * config.save_every_minutes
+            )
+            if run.stop.number or late:
+                refuse_non_finite(run, int(bad_step), batches)
+                progress.sums = {name: float(value) for name, value in sums.items()}
+                save_last(run)
+                leave_if_stopped(run)
+    progress.sums = {name: float(value) for name, value in sums.items()}
+
+
+def train_step(run: Run, images: Tensor, masks: Tensor, epoch: int, step: int) -> dict[str, Tensor]:
+    """One optimizer step over a batch, in `accumulate` parts; returns the loss and its terms, detached."""
+    config = run.config
+    torch.manual_seed(
+        position_seed(config.seed, epoch, step)
+    )  # dropout is a function of the place in the run
+    images = images.to(run.device, non_blocking=True)
+    masks = masks.to(run.device, non_blocking=True)
+    denominator = run.loss_fn.denominator(masks) if config.accumulate > 1 else None
+    total: dict[str, Tensor] = {}
+    for part, part_masks in zip(images.chunk(config.accumulate), masks.chunk(config.accumulate), strict=True):
+        inputs = normalize(part, run.mean, run.std, config.channels_last)
+        with autocast(run.device, run.precision):
+            logits = run.forward(inputs)
+        loss = run.loss_fn(logits, part_masks, denominator)
+        run.scaler.scale(loss).backward()
+        for name, value in {"loss": loss.detach(), **run.loss_fn.terms}.items():
+            total[name] = total[name] + value if name in total else value
+    if config.clip_grad:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.model.parameters(), config.clip_grad)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.schedule.step()
+    if run.ema:
+        run.ema.update(run.model)
+    return total
+
+
+def position_seed(seed: int, epoch: int, step: int) -> int:
+    """A seed that depends on the place in the run alone."""
+    return int.from_bytes(
+        hashlib.blake2b(f"{seed} {epoch} {step}".encode(), digest_size=7).digest(), "little"
+    )
+
+
+def set_train_mode(run: Run) -> None:
+    """Training mode, but for a frozen backbone, whose statistics stay as they are."""
+    run.model.train()
+    if run.config.freeze_backbone:
+        run.model.backbone.eval()
+
+
+def refuse_non_finite(run: Run, step: int, batches: list[list[int]]) -> None:
+    """Stop the run where a loss was not finite; `last.pt` stays as it is.
+
+    Raises:
+        Fail: always, unless `step` is negative.
+    """
+    if step < 0:
+        return
+    files = ", ".join(str(run.train_set.pairs[index].image) for index in batches[step])
+    raise Fail(
+        f"the loss is not finite in epoch {run.progress.epoch + 1}, step {step + 1} (learning rate "
+        f"{run.optimizer.param_groups[0]['lr']:.3g}, {run.precision}), pictures {files}. {what_now(run)}",
+        1,
+    )
+
+
+def what_now(run: Run) -> str:
+    """What is left, and what to try, where numbers ceased to be finite."""
+    last = run.folder / "last.pt"
+    kept = f"{last} is the last good state. " if last.exists() else ""
+    return f"{kept}Try a lower learning_rate, clip_grad 1, more warmup_steps, or amp off"
+
+
+def leave_if_stopped(run: Run) -> None:
+    """End the process after a signal; the caller has saved.
+
+    Raises:
+        Fail: a signal came.
+    """
+    if run.stop.number:
+        raise Fail(f"stopped; go on with --resume {run.folder}", 128 + run.stop.number)
+
+
+def averaged_weights(run: Run) -> dict[str, Tensor]:
+    """The weights that validate and predict: the moving average where there is one."""
+    return run.ema.weights if run.ema else plain_weights(run.model)
+
+
+@dataclass
+class Evaluation:
+    """What a pass over the validation pictures gave."""
+
+    scores: Scores
+    counts: Tensor  # confusion matrix
+    loss: float  # mean of the pictures' losses
+    picture_iou: list[float]  # mean IoU of each picture alone, in the data set's order
+    rows: list[tuple]  # (image, truth, prediction, caption) of the pictures asked for
+
+
+def evaluate(run: Run, weights: dict[str, Tensor], keep: Iterable[int] = range(SHOWN)) -> Evaluation:
+    """Score weights on the validation pictures, each once and at its own mask's size.
+
+    Args:
+        run: the run.
+        weights: of the model.
+        keep: indices of the pictures to hand back as rows for `visualize.sample_panels`.
+    """
+    config = run.config
+    total = ConfusionMatrix(config.num_classes, config.ignore_index, run.device)
+    losses, picture_iou, rows = [], [], {}
+    for index, image, truth, logits in validation_logits(run, weights):
+        ids = predicted_ids(logits)
+        own = ConfusionMatrix(config.num_classes, config.ignore_index, run.device)
+        own.update(ids, truth)
+        total.merge(own)
+        with torch.no_grad():
+            losses.append(run.loss_fn(logits, truth))
+        picture_iou.append(own.state())
+        if index in keep:
+            rows[index] = (hwc(image[None])[0], truth[0].cpu().numpy(), ids[0].cpu().numpy(), index)
+    own_scores = []
+    for state in picture_iou:  # read back when all is computed
+        own.load_state(state)
+        own_scores.append(own.scores().mean_iou)
+    captions = [
+        (*rows[i][:3], f"{run.report.val[i].image.name}  mean IoU {format_score(own_scores[i])}")
+        for i in keep
+        if i in rows
+    ]
+    return Evaluation(
+        total.scores(), total.counts.cpu(), float(torch.stack(losses).mean()), own_scores, captions
+    )
+
+
+@torch.inference_mode()
+def validation_logits(run: Run, weights: dict[str, Tensor]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Yield index, image (C, h, w), truth (1, H, W) and logits (1, num_classes, H, W), picture by picture."""
+    network = Network(
+        run.model,
+        weights,
+        mean=run.mean,
+        std=run.std,
+        device=run.device,
+        precision=run.precision,
+        channels_last=run.config.channels_last,
+    )
+    window = run.config.image_size if run.config.resize == "crop" else None
+    indices = range(len(run.val_set))
+    with progress_bar(total=len(indices), description="validation") as bar:
+        for first in indices[:: run.config.batch_size]:
+            batch = indices[first : first + run.config.batch_size]
+            items = [run.val_set.evaluation_item(index) for index in batch]
+            logits = picture_logits(
+                network, [image for image, _, _ in items], [box for _, box, _ in items], window
+            )
+            for index, (image, _, truth), one in zip(batch, items, logits, strict=True):
+                yield index, image, truth[None].to(run.device), one
+            if run.stop.number:  # validation is done again on resume
+                save_last(run)
+                leave_if_stopped(run)
+            bar.update(len(batch))
+
+
+def end_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
+    """Move the schedule, the best score, the log, the curves and the checkpoints on by one epoch."""
+    config, progress = run.config, run.progress
+    score = None
+    if found:
+        score = {"iou": found.scores.mean_iou, "dice": found.scores.mean_dice}[config.monitor]
+    run.schedule.epoch_end(score)
+    better = score is not None and score > progress.best
+    if better:
+        progress.best, progress.best_epoch, progress.stalled = score, progress.epoch + 1, 0
+    elif score is not None:
+        progress.stalled += 1
+    progress.rows.append(row)
+    progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
+    if better:
+        save_best(run, row)
+    save_last(run)
+    with run.clock.to("saving"):
+        run_files.write_log(run.folder / "log.csv", progress.rows)
+        plan = run.schedule.plan()
+        stride = max(1, len(plan) // 500)
+        rates = [(step / run.schedule.steps_per_epoch, plan[step]) for step in range(0, len(plan), stride)]
+        write_image(run.folder / "curves.png", visualize.draw_curves(progress.rows, rates))
+
+
+def save_last(run: Run) -> None:
+    """Write `last.pt`, from which the run goes on as if nothing had been.
+
+    Raises:
+        Fail: the weights are not finite; the earlier file stays.
+    """
+    with run.clock.to("saving"):
+        weights = finite_weights(run)
+        checkpoint = {
+            "format": FORMAT,
+            "kind": "last",
+            "model": weights,
+            "ema": run.ema.weights if run.ema else None,
+            "ema_steps": run.ema.steps if run.ema else 0,
+            "architecture": run.architecture,
+            "info": prediction_info(run),
+            "config": run.config.saved,
+            "progress": asdict(run.progress),
+            "optimizer": run.optimizer.state_dict(),
+            "schedule": run.schedule.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "fingerprint": run.report.fingerprint,
+        }
+        save_atomic(checkpoint, run.folder / "last.pt")
+        run.saved_at = time.monotonic()
+
+
+def save_best(run: Run, row: dict[str, Any]) -> None:
+    """Write `best.pt`: the weights that validated best, and all that prediction needs to know.
+
+    Raises:
+        Fail: as `save_last`.
+    """
+    with run.clock.to("saving"):
+        finite_weights(run)
+        checkpoint = {
+            "format": FORMAT,
+            "kind": "best",
+            "model": averaged_weights(run),
+            "architecture": run.architecture,
+            "info": prediction_info(run) | {"scores": row},
+        }
+        save_atomic(checkpoint, run.folder / "best.pt")
+
+
+def finite_weights(run: Run) -> dict[str, Tensor]:
+    """The model's weights.
+
+    Raises:
+        Fail: one is NaN or infinite, which the loss has not shown yet.
+    """
+    weights = plain_weights(run.model)
+    name = first_non_finite(weights)
+    if name:
+        raise Fail(
+            f"the weights of {name} are not finite in epoch {run.progress.epoch + 1}. {what_now(run)}", 1
+        )
+    return weights
+
+
+def prediction_info(run: Run) -> dict[str, Any]:
+    """What prediction asks of a checkpoint beside the weights, in plain values."""
+    config = run.config
+    return {
+        "class_names": list(config.names),
+        "palette": run.palette,
+        "image_size": list(config.image_size),
+        "resize": config.resize,
+        "ignore_index": config.ignore_index,
+        "mean": run.mean,
+        "std": run.std,
+        "encoding": run.report.encoding.to_dict(),
+        "mask_suffix": config.mask_suffix,
+        "amp": config.amp,
+        "epoch": run.progress.epoch,
+        "versions": run_files.versions(),
+    }
+
+
+def restore_state(run: Run, saved: dict[str, Any]) -> None:
+    """Put a run where its `last.pt` was written.
+
+    Raises:
+        ValueError: the data has changed, or the run is finished.
+    """
+    changed = [
+        part for part, value in saved["fingerprint"].items() if run.report.fingerprint.get(part) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{run.config.data_root} has changed since {run.folder} was started: {', '.join(changed)}. "
+            "Bring the old data back, or start a new run (from these weights: --init_from)"
+        )
+    run.progress = Progress(**saved["progress"])
+    if run.progress.epoch >= run.config.epochs and (run.folder / END_MARK).exists():
+        raise ValueError(
+            f"{run.folder} is finished after {run.progress.epoch} epochs. Start a new run by --init_from"
+        )
+    run.model.load_state_dict(saved["model"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.schedule.load_state_dict(saved["schedule"])
+    run.scaler.load_state_dict(saved["scaler"])
+    if run.ema:
+        run.ema.load(saved["ema"], saved["ema_steps"])
+
+
+def print_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
+    """One line about the epoch, and the table of the classes where it validated."""
+    terms = ", ".join(
+        f"{name.removeprefix('train_')} {row[name]:.4f}" for name in row if name.startswith("train_")
+    )
+    line = f"  {terms}, learning rate {row['learning_rate']:.3g}, {row['images_per_second']:.0f} pictures/s"
+    if found:
+        best = "  (best so far)" if run.progress.best_epoch == row["epoch"] else ""
+        line += f"\n  validation loss {found.loss:.4f}, mean IoU {format_score(found.scores.mean_iou)}, "
+        line += f"mean Dice {format_score(found.scores.mean_dice)}{best}"
+        line += "\n" + class_table(run.config.names, found.scores)
+    print(line, flush=True)
+
+
+def finish(run: Run) -> None:
+    """Score `best.pt` once more, draw the report, and say where everything lies."""
+    config, progress = run.config, run.progress
+    best = read_checkpoint(run.folder / "best.pt")["model"]
+    with run.clock.to("validation"):
+        found = evaluate(run, best, keep=())
+        order = sorted(range(len(found.picture_iou)), key=lambda index: -found.picture_iou[index])
+        chosen = order[:2] + order[2:][-2:]
+        rows = evaluate(run, best, keep=chosen).rows
+    with run.clock.to("saving"):
+        report = visualize.draw_report(
+            progress.rows,
+            config.names,
+            run.palette,
+            found.scores.iou,
+            found.scores.dice,
+            found.counts.numpy(),
+            rows[:2],
+            rows[2:],
+            title=f"{config.model} on {config.data_root}: mean IoU {format_score(found.scores.mean_iou)}",
+        )
+        write_image(run.folder / END_MARK, report)
+    scores, most = found.scores, config.names[int(found.counts.sum(1).argmax())]
+    print(
+        f"best: epoch {progress.best_epoch}, mean IoU {format_score(scores.mean_iou)}, "
+        f"mean Dice {format_score(scores.mean_dice)}, pixel accuracy {format_score(scores.pixel_accuracy)}; "
+        f"{most} everywhere would have mean IoU {format_score(scores.baseline_iou)}"
+    )
+    print(class_table(config.names, scores))
+    print(f"time: {run.clock.describe()}; peak memory {peak_memory(run.device) / 2**30:.1f} GiB")
+    print(f"see {run.folder / END_MARK}; predict with: python predict.py --weights {run.folder / 'best.pt'}")
+
+
+def hwc(images: Tensor) -> np.ndarray:
+    """uint8 (N, C, H, W) tensors as (N, H, W, C) arrays, to draw."""
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+if __name__ == "__main__":
+    assert PARSED is not None
+    end_with(lambda: main(PARSED.settings, PARSED.given))

@@ -1,0 +1,222 @@
+"""A run's folder and its log; the signal that stops it; where its time goes."""
+
+import csv
+import io
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import write_text
+
+LOGGED = (  # scores of the whole validation split that log.csv keeps
+    "mean_iou",
+    "mean_dice",
+    "mean_iou_foreground",
+    "mean_dice_foreground",
+    "pixel_accuracy",
+    "mean_accuracy",
+    "frequency_weighted_iou",
+    "picture_mean_iou",
+    "picture_mean_dice",
+    "baseline_iou",
+)
+END_MARK = "report.png"  # written last: a run that has it is finished
+
+
+def try_output(output_dir: Path) -> None:
+    """Find out before the work whether files can be written to a folder that may not exist yet.
+
+    Raises:
+        OSError: they cannot; the message says what to do.
+    """
+    folder = output_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"output_dir {output_dir}: {folder} is a file. Give another output_dir")
+    probe = folder / f".writable.{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise OSError(f"output_dir {output_dir} cannot be written: {error.strerror}. Give another") from error
+
+
+def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
+    """Make a run's folder, which no other run has or gets: `mkdir` is the lock between runs started at once.
+
+    Raises:
+        ValueError: `run_name` is taken.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    name = run_name or time.strftime(f"{model}_%Y-%m-%d_%H-%M-%S")
+    for attempt in range(1, 1000):
+        folder = output_dir / (name if attempt == 1 else f"{name}_{attempt}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            if run_name:
+                break
+    raise ValueError(
+        f"run_name {name!r} exists in {output_dir}. Go on with it by --resume {folder}, or give another name"
+    )
+
+
+def find_run(resume: str, output_dir: Path) -> Path:
+    """The folder to resume: the one named, or for `auto` the newest that has a checkpoint and no report yet.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if resume != "auto":
+        folder = Path(resume)
+        folder = folder.parent if folder.name == "last.pt" else folder
+        if not (folder / "last.pt").is_file():
+            raise FileNotFoundError(
+                f"no checkpoint at {folder / 'last.pt'}. Give resume an existing run, or leave it out"
+            )
+        return folder
+    runs = [last.parent for last in output_dir.glob("*/last.pt") if not (last.parent / END_MARK).exists()]
+    if not runs:
+        raise FileNotFoundError(f"no unfinished run in {output_dir}. Leave resume out to start a new one")
+    return max(runs, key=lambda folder: (folder / "last.pt").stat().st_mtime_ns)
+
+
+def newest_weights(output_dir: Path) -> Path:
+    """The best.pt that was written last.
+
+    Raises:
+        FileNotFoundError: no run has one.
+    """
+    found = list(output_dir.glob("*/best.pt"))
+    if not found:
+        raise FileNotFoundError(
+            f"no {output_dir}/*/best.pt. Train first (python train.py), or give weights a checkpoint"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def versions() -> dict[str, str]:
+    """What this run is made with: Python, the system, and the packages that numbers depend on."""
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    for package in ("torch", "torchvision", "numpy", "pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return found
+
+
+def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write all rows, one an epoch, under the union of their columns; what a row lacks, or NaN, is empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _digits(value) for name, value in row.items()})
+    write_text(path, text.getvalue())
+
+
+def _digits(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}" if abs(value) < 1e-3 else f"{value:.6f}"
+    return value
+
+
+def format_table(header: list[str], rows: list[list[str]]) -> str:
+    """Columns in plain text: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        return "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
+
+    return "\n".join(map(line, [header, *rows]))
+
+
+def score_columns(class_names: Sequence[str], scores: Any, loss: float) -> dict[str, float]:
+    """The columns of `log.csv` that come from a validation; `scores` are those of a confusion matrix."""
+    columns = {"val_loss": loss} | {name: getattr(scores, name) for name in LOGGED}
+    for kind in ("iou", "dice"):
+        values = getattr(scores, kind)
+        columns |= {f"{kind} {name}": float(value) for name, value in zip(class_names, values, strict=True)}
+    return columns
+
+
+def class_table(class_names: Sequence[str], scores: Any) -> str:
+    """IoU, Dice and accuracy of each class, and their means."""
+    rows = [
+        [
+            "  " + name,
+            *(format_score(float(values[c])) for values in (scores.iou, scores.dice, scores.accuracy)),
+        ]
+        for c, name in enumerate(class_names)
+    ]
+    rows.append(["  mean", *map(format_score, (scores.mean_iou, scores.mean_dice, scores.mean_accuracy))])
+    return format_table(["  class", "IoU", "Dice", "accuracy"], rows)
+
+
+def format_score(value: float) -> str:
+    """Four digits, or n/a for what was neither there nor predicted."""
+    return "n/a" if math.isnan(value) else f"{value:.4f}"
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM set a flag that the loop reads between steps; a second one ends at once.
+
+    Attributes:
+        number: of the signal that came; 0 where none did.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.number:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.number = number
+        print("\nstopping after this step; once more to end at once", file=sys.stderr, flush=True)
+
+
+class Clock:
+    """Seconds of wall time by what they went to."""
+
+    def __init__(self) -> None:
+        self.seconds = {"data": 0.0, "step": 0.0, "validation": 0.0, "saving": 0.0}
+
+    @contextmanager
+    def to(self, what: str) -> Iterator[None]:
+        """Count the time of the block towards `what`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - start
+
+    def describe(self) -> str:
+        """Shares in percent, with advice where the data is waited for."""
+        total = sum(self.seconds.values()) or 1.0
+        text = ", ".join(f"{what} {100 * seconds / total:.0f} %" for what, seconds in self.seconds.items())
+        if self.seconds["data"] > 0.1 * total:
+            text += ". Data is waited for: try cache ram or disk, more num_workers, or smaller picture files"
+        return text
