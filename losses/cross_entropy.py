@@ -31,7 +31,7 @@ class WeightedCrossEntropy(SegmentationLoss):
     def __init__(self, *, ignore_index: int = 255, class_weights=None):
         if class_weights is None:
             raise ValueError(
-                "class_weights: loss 'weighted_ce' needs one number a class; got none. Give them, or use 'ce'."
+                "class_weights: 'weighted_ce' needs one number a class; got none. Give them, or use 'ce'."
             )
         super().__init__(ignore_index=ignore_index, class_weights=class_weights, pixel_name="weighted_ce")
 

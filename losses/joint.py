@@ -41,7 +41,7 @@ class Joint(SegmentationLoss):
             )
         if joint_ce != "focal" and focal_gamma is not None:
             raise ValueError(
-                f"focal_gamma applies to joint_ce 'focal' alone; got {focal_gamma} with joint_ce {joint_ce!r}. "
+                f"focal_gamma applies to joint_ce 'focal'; got {focal_gamma} with joint_ce {joint_ce!r}. "
                 "Leave focal_gamma out."
             )
         gamma = 2.0 if focal_gamma is None else focal_gamma

@@ -119,7 +119,6 @@ class _SoftmaxLoss(torch.autograd.Function):
         ctx.spec = spec
         ctx.save_for_backward(logits, masks, log_py, log_sum, to_overlap, to_mass, spec.pixel_share / total)
         ctx.mark_non_differentiable(pixel, dice)
-        ctx.set_materialize_grads(False)
         return loss, pixel, dice
 
     @staticmethod
@@ -205,7 +204,7 @@ class SegmentationLoss(nn.Module):
     def denominator(self, masks: Tensor) -> Tensor:
         """Return what the pixel term divides by: the sum of the class weights over the valid pixels."""
         if self.class_weights is None:
-            return (masks != self.ignore_index).sum().float()
+            return self.valid(masks).sum().float()
         valid, labels = self.split(masks)
         return (self.class_weights[labels] * valid).sum()
 
@@ -257,9 +256,15 @@ class SegmentationLoss(nn.Module):
             self.terms["dice"] = dice
         return loss
 
+    def valid(self, masks):
+        """Return which pixels count, bool."""
+        if masks.dtype == torch.uint8 and not 0 <= self.ignore_index <= 255:  # torch would compare modulo 256
+            return torch.ones_like(masks, dtype=torch.bool)
+        return masks != self.ignore_index
+
     def split(self, masks):
-        """Return what is valid, bool, and the labels, int64, with class 0 in place of what is not."""
-        valid = masks != self.ignore_index
+        """Return which pixels count, and the labels, int64, with class 0 in place of those that do not."""
+        valid = self.valid(masks)
         return valid, masks.masked_fill(~valid, 0).long()
 
     def pixel_value(self, log_py, labels):

@@ -1,0 +1,349 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import LOSSES, AuxLoss, build_loss, median_frequency_weights
+
+WEIGHTS = [0.5, 2.0, 1.0, 3.0]
+FORMS = {  # every loss, and joint over each form of cross entropy
+    "ce": ("ce", {}),
+    "weighted_ce": ("weighted_ce", {"class_weights": WEIGHTS}),
+    "focal": ("focal", {"class_weights": WEIGHTS, "focal_gamma": 1.5}),
+    "dice": ("dice", {}),
+    "joint": ("joint", {"dice_weight": 0.3}),
+    "joint over weighted_ce": ("joint", {"joint_ce": "weighted_ce", "class_weights": WEIGHTS}),
+    "joint over focal": ("joint", {"joint_ce": "focal", "class_weights": WEIGHTS}),
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def build(form, **more):
+    name, options = FORMS[form]
+    return build_loss(name, **{**options, **more})
+
+
+def batch(n=2, c=4, h=5, w=6, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (2 * torch.randn(n, c, h, w, generator=generator)).to(dtype).requires_grad_()
+    masks = torch.randint(0, c - 1, (n, h, w), generator=generator)  # the last class is absent
+    masks[0, :2] = 255
+    return logits, masks
+
+
+def slow(loss_fn, logits, masks):
+    """The definitions, pixel by pixel."""
+    probs = torch.softmax(logits, 1)
+    weights = loss_fn.class_weights if loss_fn.class_weights is not None else torch.ones(logits.shape[1])
+    pixel, total = logits.new_zeros(()), 0.0
+    overlap, mass, count = ([0.0] * logits.shape[1] for _ in range(3))
+    for n, i, j in (masks != loss_fn.ignore_index).nonzero().tolist():
+        y, p = int(masks[n, i, j]), probs[n, :, i, j]
+        pixel = pixel - weights[y] * (1 - p[y]) ** loss_fn.gamma * torch.log(p[y])
+        total += float(weights[y])
+        for k in range(len(p)):
+            mass[k] = mass[k] + p[k]
+        overlap[y] = overlap[y] + p[y]
+        count[y] += 1
+    s = loss_fn.smooth
+    dice = [1 - (2 * overlap[k] + s) / (mass[k] + count[k] + s) for k in range(len(count)) if count[k]]
+    return loss_fn.pixel_share * pixel / total + loss_fn.dice_share * sum(dice) / len(dice)
+
+
+def loss_and_grad(loss_fn, logits, masks, **more):
+    logits = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    loss = loss_fn(logits, masks, **more)
+    loss.backward()
+    return loss.detach(), logits.grad
+
+
+def test_every_loss_is_tried_here():
+    assert {name for name, _ in FORMS.values()} == set(LOSSES)
+
+
+def test_two_pixels_worked_by_hand():
+    # p = (0.8, 0.2) and (0.5, 0.5), labels 0 and 1
+    logits = torch.tensor([[[[math.log(4), 0.0]], [[0.0, 0.0]]]])
+    masks = torch.tensor([[[0, 1]]])
+    dice = 1 - ((2 * 0.8 + 1) / (1.3 + 1 + 1) + (2 * 0.5 + 1) / (0.7 + 1 + 1)) / 2
+    ce = -(math.log(0.8) + math.log(0.5)) / 2
+    wanted = {
+        "ce": ce,
+        "weighted_ce": -(math.log(0.8) + 3 * math.log(0.5)) / 4,
+        "focal": -(0.04 * math.log(0.8) + 0.25 * math.log(0.5)) / 2,
+        "dice": dice,
+        "joint": 0.5 * ce + 0.5 * dice,
+    }
+    for name, value in wanted.items():
+        weights = [1, 3] if name == "weighted_ce" else None
+        assert build_loss(name, class_weights=weights)(logits, masks).item() == pytest.approx(value, rel=1e-6)
+
+
+@every_form
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_loss_and_gradient_equal_the_definition_pixel_by_pixel(form, layout):
+    loss_fn, (logits, masks) = build(form), batch()
+    value, grad = loss_and_grad(loss_fn, logits.contiguous(memory_format=layout), masks)
+    reference = slow(loss_fn, logits, masks)
+    reference.backward()
+    torch.testing.assert_close(value, reference.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(grad, logits.grad, rtol=1e-7, atol=1e-12)
+    assert grad.is_contiguous(memory_format=layout)
+
+
+@every_form
+def test_gradient_passes_gradcheck(form):
+    logits, masks = batch(h=3, w=4)
+    loss_fn = build(form)
+    assert torch.autograd.gradcheck(lambda x: loss_fn(x, masks, denominator=50.0), logits)
+    assert torch.autograd.gradcheck(lambda x: 3 * loss_fn(x, masks), logits)
+
+
+@every_form
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("classes", [4, 17])
+def test_pieces_do_not_change_the_result(form, layout, classes, monkeypatch):
+    weights = None if FORMS[form][1].get("class_weights") is None else torch.arange(1.0, classes + 1)
+    loss_fn = build(form, **({} if weights is None else {"class_weights": weights}))
+    logits, masks = batch(c=classes, dtype=torch.float32)
+    whole = loss_and_grad(loss_fn, logits.contiguous(memory_format=layout), masks)
+    monkeypatch.setattr("losses.softmax_loss._PIECE", {"cpu": 7 * classes})  # 7 pixels, 30 a picture
+    pieces = loss_and_grad(loss_fn, logits.contiguous(memory_format=layout), masks)
+    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-8)
+
+
+def test_cross_entropies_equal_those_of_torch():
+    logits, masks = batch(dtype=torch.float32)
+    for form, weights in (("ce", None), ("weighted_ce", torch.tensor(WEIGHTS))):
+        value, grad = loss_and_grad(build(form), logits, masks)
+        logits.grad = None
+        reference = F.cross_entropy(logits, masks, weight=weights, ignore_index=255)
+        reference.backward()
+        torch.testing.assert_close((value, grad), (reference.detach(), logits.grad), rtol=1e-5, atol=1e-8)
+
+
+def test_focal_is_cross_entropy_at_gamma_0_and_another_loss_at_2():
+    logits, masks = batch(dtype=torch.float32)
+    ce = build_loss("ce")(logits, masks)
+    assert torch.equal(build_loss("focal", focal_gamma=0)(logits, masks), ce)
+    assert build_loss("focal")(logits, masks) < 0.9 * ce
+    weighted = build("weighted_ce")(logits, masks)
+    assert torch.equal(build_loss("focal", class_weights=WEIGHTS, focal_gamma=0)(logits, masks), weighted)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_gradient_is_finite_where_the_prediction_is_certain(gamma):
+    logits = torch.tensor([[[[200.0]], [[-200.0]]]])
+    for label in (0, 1):
+        value, grad = loss_and_grad(
+            build_loss("focal", focal_gamma=gamma), logits, torch.full((1, 1, 1), label)
+        )
+        assert value.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("joint_ce", ["ce", "weighted_ce", "focal"])
+def test_joint_equals_its_parts_and_names_them(joint_ce):
+    logits, masks = batch(dtype=torch.float32)
+    weights = None if joint_ce == "ce" else WEIGHTS
+    joint_fn = build_loss("joint", class_weights=weights, joint_ce=joint_ce, dice_weight=0.3)
+    part_fn, dice_fn = build_loss(joint_ce, class_weights=weights), build_loss("dice")
+    value, grad = loss_and_grad(joint_fn, logits, masks)
+    (part, part_grad), (dice, dice_grad) = (loss_and_grad(f, logits, masks) for f in (part_fn, dice_fn))
+    torch.testing.assert_close(value, 0.7 * part + 0.3 * dice)
+    torch.testing.assert_close(grad, 0.7 * part_grad + 0.3 * dice_grad, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(joint_fn.terms, {joint_ce: part, "dice": dice})
+    assert list(part_fn.terms) == [joint_ce] and not joint_fn.terms["dice"].requires_grad
+
+
+@every_form
+@pytest.mark.parametrize("ignore_index", [255, 0, -1])
+def test_ignored_pixels_change_neither_value_nor_gradient(form, ignore_index):
+    logits, masks = batch(dtype=torch.float32)
+    masks = torch.where(masks == 255, ignore_index, masks)
+    ignored = (masks == ignore_index)[:, None].expand_as(logits)
+    other = torch.where(ignored, 70 * torch.randn_like(logits), logits)
+    loss_fn = build(form, ignore_index=ignore_index)
+    (value, grad), (other_value, other_grad) = (loss_and_grad(loss_fn, x, masks) for x in (logits, other))
+    assert torch.equal(value, other_value) and torch.equal(grad, other_grad)
+    assert (grad[ignored] == 0).all() and grad[~ignored].abs().min() > 0
+
+
+@every_form
+def test_targets_are_never_written_to(form):
+    for dtype in (torch.int64, torch.uint8):
+        logits, masks = batch()
+        masks = masks.to(dtype)
+        before, version = masks.clone(), masks._version
+        loss_and_grad(build(form), logits, masks)
+        assert torch.equal(masks, before) and masks._version == version
+
+
+@every_form
+def test_byte_masks_give_the_same_loss(form):
+    logits, masks = batch()
+    ours, bytes_ = (loss_and_grad(build(form), logits, m) for m in (masks, masks.byte()))
+    assert torch.equal(ours[0], bytes_[0]) and torch.equal(ours[1], bytes_[1])
+
+
+@every_form
+@pytest.mark.parametrize("denominator", [None, 0.0, 9.0])
+def test_batch_without_valid_pixels_gives_0_with_zero_gradient(form, denominator):
+    logits, masks = batch(dtype=torch.float32)
+    value, grad = loss_and_grad(build(form), logits, torch.full_like(masks, 255), denominator=denominator)
+    assert value == 0 and grad.shape == logits.shape and (grad == 0).all()
+
+
+@every_form
+def test_permuting_classes_permutes_the_gradient_and_nothing_else(form):
+    logits, masks = batch()
+    order = torch.tensor([2, 0, 3, 1])  # new channel k is old channel order[k]
+    renamed = torch.where(masks == 255, 255, order.argsort()[masks.clamp(max=3)])
+    weights = FORMS[form][1].get("class_weights")
+    other_fn = build(form, **({"class_weights": torch.tensor(weights)[order]} if weights else {}))
+    value, grad = loss_and_grad(build(form), logits, masks)
+    other_value, other_grad = loss_and_grad(other_fn, logits[:, order], renamed)
+    torch.testing.assert_close(other_value, value)
+    torch.testing.assert_close(other_grad, grad[:, order])
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_of_80_stay_finite(form, dtype):
+    logits = torch.where(torch.rand(2, 4, 32, 32) < 0.5, -80.0, 80.0).to(dtype)
+    masks = torch.randint(0, 4, (2, 32, 32))
+    value, grad = loss_and_grad(build(form), logits, masks)
+    reference, _ = loss_and_grad(build(form), logits.float(), masks)
+    assert grad.dtype == dtype and value.dtype == torch.float32 and grad.isfinite().all()
+    assert value.isfinite() and torch.equal(value, reference)
+
+
+@pytest.mark.parametrize("form", ["ce", "joint over focal"])
+def test_large_pictures_in_half_precision_stay_finite(form):
+    logits = torch.full((1, 4, 1024, 1024), 80.0, dtype=torch.float16)
+    logits[:, 1] = -80
+    value, grad = loss_and_grad(build(form), logits, torch.ones(1, 1024, 1024, dtype=torch.uint8))
+    assert value.isfinite() and value > 70 and grad.isfinite().all()
+
+
+@every_form
+def test_autocast_does_not_touch_the_loss(form):
+    logits, masks = batch(n=1, h=64, w=64, dtype=torch.float32)
+    value, grad = loss_and_grad(build(form), logits, masks)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside_value, inside_grad = loss_and_grad(build(form), logits, masks)
+    assert torch.equal(value, inside_value) and torch.equal(grad, inside_grad)
+
+
+@every_form
+def test_upstream_slope_scales_the_gradient_and_backward_can_be_repeated(form):
+    logits, masks = batch()
+    loss = build(form)(logits, masks)
+    (once,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (scaled,) = torch.autograd.grad(loss, logits, grad_outputs=torch.tensor(1024.0, dtype=torch.float64))
+    torch.testing.assert_close(scaled, 1024 * once)
+
+
+def test_loss_in_a_compiled_function_is_the_same():
+    logits, masks = batch(dtype=torch.float32)
+    loss_fn = build("joint")
+
+    @torch.compile(backend="eager")
+    def step(x):
+        return 2 * loss_fn(x + 1, masks)
+
+    torch.testing.assert_close(step(logits), 2 * loss_fn(logits + 1, masks))
+
+
+@pytest.mark.parametrize("form", ["ce", "weighted_ce", "focal"])
+def test_micro_batches_add_up_to_the_whole_batch(form):
+    logits, masks = batch(n=4)
+    loss_fn = build(form)
+    total = loss_fn.denominator(masks)
+    whole, whole_grad = loss_and_grad(loss_fn, logits, masks)
+    parts = [loss_and_grad(loss_fn, logits[i:j], masks[i:j], denominator=total) for i, j in ((0, 1), (1, 4))]
+    torch.testing.assert_close(sum(value for value, _ in parts), whole)
+    torch.testing.assert_close(torch.cat([grad for _, grad in parts]), whole_grad)
+
+
+def test_dice_of_a_micro_batch_enters_by_its_part_of_the_valid_pixels():
+    logits, masks = batch()
+    loss_fn = build("dice")
+    own = loss_fn.denominator(masks)
+    assert own == (masks != 255).sum()
+    torch.testing.assert_close(loss_fn(logits, masks, denominator=4 * own), loss_fn(logits, masks) / 4)
+
+
+def test_dice_does_not_depend_on_ignored_pixels_or_absent_classes():
+    logits, masks = batch()
+    value = build("dice")(logits, masks)
+    padded = build("dice")(F.pad(logits, (0, 7, 0, 3)), F.pad(masks, (0, 7, 0, 3), value=255))
+    more = F.pad(logits, (0, 0, 0, 0, 0, 5), value=-torch.inf)  # five classes, never present nor predicted
+    torch.testing.assert_close(padded, value)
+    torch.testing.assert_close(build("dice")(more, masks), value)
+
+
+def test_dice_of_a_perfect_prediction_is_0():
+    masks = torch.randint(0, 3, (2, 8, 8))
+    masks[0, 0] = 255
+    logits = 100.0 * F.one_hot(masks.clamp(max=3), 4).permute(0, 3, 1, 2)
+    assert build("dice")(logits, masks) == 0
+    assert build("dice", dice_smooth=0)(logits, masks) == 0
+
+
+def test_auxiliary_loss_adds_its_share_and_passes_plain_logits_on():
+    (logits, masks), (aux_logits, _) = batch(), batch(seed=1)
+    loss_fn = build("joint")
+    aux_fn = AuxLoss(loss_fn, weight=0.4)
+    wanted, aux = loss_fn(logits, masks), loss_fn(aux_logits, masks)
+    torch.testing.assert_close(aux_fn((logits, aux_logits), masks), wanted + 0.4 * aux)
+    assert set(aux_fn.terms) == {"ce", "dice", "aux"} and aux_fn.terms["aux"] == aux
+    assert aux_fn(logits, masks) == wanted and set(aux_fn.terms) == {"ce", "dice"}
+    assert aux_fn.denominator(masks) == loss_fn.denominator(masks)
+
+
+def test_median_frequency_weights_worked_by_hand():
+    # frequencies 50/100, 10/100, 10/40, and a class that never occurs
+    weights = median_frequency_weights([50, 10, 10, 0], [100, 100, 40, 0])
+    assert weights == pytest.approx([0.5, 2.5, 1.0, 1.0]) and all(type(w) is float for w in weights)
+    build_loss("weighted_ce", class_weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("joit", {}, "Did you mean 'joint'"),
+        ("ce", {"class_weights": [1.0]}, "class_weights does not apply"),
+        ("dice", {"focal_gamma": 2.0}, "focal_gamma does not apply"),
+        ("focal", {"focal_gama": 2.0}, "focal_gama does not apply"),
+        ("focal", {"focal_gamma": -1.0}, "focal_gamma must be 0 or more"),
+        ("weighted_ce", {}, "needs one number a class"),
+        ("weighted_ce", {"class_weights": [1.0, float("inf")]}, "finite"),
+        ("weighted_ce", {"class_weights": [1.0, -1.0]}, "below 0"),
+        ("joint", {"joint_ce": "dice"}, "joint_ce must be"),
+        ("joint", {"joint_ce": "weighted_ce"}, "class_weights belong"),
+        ("joint", {"class_weights": [1.0, 2.0]}, "class_weights belong"),
+        ("joint", {"focal_gamma": 2.0}, "focal_gamma applies"),
+        ("joint", {"dice_weight": 1.5}, "dice_weight must be in 0..1"),
+        ("dice", {"dice_smooth": -1.0}, "dice_smooth must be 0 or more"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(name, options, words):
+    with pytest.raises(ValueError, match=words):
+        build_loss(name, **options)
+
+
+def test_wrong_shapes_and_labels_are_refused():
+    logits, masks = batch()
+    for x, y, words in (
+        (logits[:, :1], masks, "C of 2 or more"),
+        (logits, masks[:, 1:], "masks"),
+        (logits, torch.full_like(masks, 4), "class ids 0..3"),
+        (logits, torch.full_like(masks, -7), "class ids 0..3"),
+        (logits[:, :3], masks, "each of the 3 classes"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build("weighted_ce")(x, y)
+        if words == "class ids 0..3":
+            with pytest.raises(ValueError, match=words):
+                build("joint")(x, y)
