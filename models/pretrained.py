@@ -40,8 +40,8 @@ class PretrainedReport:
 def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
     """Load torchvision's classification weights, or a file of such, into `model.backbone`.
 
-    Where `in_channels` is not 3 the first convolution is adapted: for one channel the three are summed, so that
-    a grey picture means what it meant in colour; else they are taken in turn, RGBRG..., times 3 / in_channels.
+    Where `in_channels` is not 3 the first convolution is adapted: for one channel the three are summed, so
+    that grey means what it meant in colour; else they are taken in turn, RGBRG..., times 3 / in_channels.
     FCN also fills fc6 and fc7 from the classifier. Weights of a VGG without batch norm fit one with it, whose
     norms then stay as they are. Nothing is changed unless every convolution of the backbone fits.
 

@@ -1,0 +1,334 @@
+"""The five networks: shapes, counts, and what a user may rely on whatever the settings."""
+
+import functools
+import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from models import FCN, MODELS, DeepLabV3Plus, PSPNet, SegNet, UNet, build_model
+from models.backbones import RESNETS, VGGS
+from models.layers import PooledBatchNorm2d, SeparableConvBNReLU
+
+ROOT = Path(__file__).parent.parent
+SMALL = {  # cheap settings; a network without an entry is tested with its defaults
+    "unet": {"base_channels": 4},
+    "deeplabv3plus": {"backbone": "resnet18"},
+    "pspnet": {"backbone": "resnet18", "aux": True},
+    "fcn": {"backbone": "vgg11_bn"},
+    "segnet": {"base_channels": 4},
+}
+VARIANTS = [
+    *[("unet", {"bilinear": bilinear}) for bilinear in (False, True)],
+    *[
+        ("deeplabv3plus", {"backbone": backbone, "output_stride": stride, "separable": separable})
+        for backbone in RESNETS
+        for stride in (8, 16)
+        for separable in (False, True)
+    ],
+    *[
+        ("pspnet", {"backbone": backbone, "output_stride": stride, "aux": aux})
+        for backbone in RESNETS
+        for stride in (8, 16)
+        for aux in (False, True)
+    ],
+    *[("fcn", {"backbone": vgg, "variant": variant}) for vgg in VGGS for variant in ("8s", "16s", "32s")],
+    ("segnet", {}),
+]
+
+
+@functools.cache
+def small_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(name, 3, **SMALL.get(name, {}))
+
+
+def as_tuple(logits):
+    return logits if isinstance(logits, tuple) else (logits,)
+
+
+def pictures(*size: int) -> torch.Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS, ids=lambda value: str(value))
+def test_logits_have_the_height_and_width_of_the_images(name, options):
+    with torch.device("meta"):  # shapes alone, no arithmetic
+        model = build_model(name, 5, 2, **options)
+        for training, size in ((False, (33, 101)), (False, (61, 48)), (True, (32, 37))):
+            for logits in as_tuple(model.train(training)(torch.empty(1, 2, *size))):
+                assert logits.shape == (1, 5, *size)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [
+        ("unet", {}, 31_038_933),
+        ("unet", {"bilinear": True}, 17_264_277),
+        ("segnet", {}, 29_455_125),
+        ("deeplabv3plus", {"backbone": "resnet18"}, 16_608_181),
+        ("deeplabv3plus", {"backbone": "resnet34"}, 26_716_341),
+        ("deeplabv3plus", {}, 40_352_181),
+        ("deeplabv3plus", {"backbone": "resnet101"}, 59_344_309),
+        ("deeplabv3plus", {"separable": True}, 26_696_133),
+        ("pspnet", {"backbone": "resnet18", "aux": True}, 16_319_018),
+        ("pspnet", {"backbone": "resnet34", "aux": True}, 26_427_178),
+        ("pspnet", {"aux": True}, 48_957_802),
+        ("pspnet", {"backbone": "resnet101", "aux": True}, 67_949_930),
+        ("pspnet", {}, 46_592_597),
+        ("pspnet", {"backbone": "resnet101"}, 65_584_725),
+        ("fcn", {"backbone": "vgg11"}, 128_995_551),
+        ("fcn", {"backbone": "vgg13"}, 129_180_063),
+        ("fcn", {}, 134_489_759),
+        ("fcn", {"backbone": "vgg19"}, 139_799_455),
+        ("fcn", {"variant": "16s"}, 134_815_994),
+        ("fcn", {"variant": "32s"}, 136_152_917),
+    ],
+    ids=str,
+)
+def test_parameter_counts_are_those_of_the_papers_and_of_the_docstring(name, options, count):
+    with torch.device("meta"):
+        model = build_model(name, 21, **options)
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == count
+    assert f"{count:,}" in " ".join(MODELS[name].__doc__.split())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_of_one_trains(name):
+    model = small_model(name).train()
+    sum(logits.square().mean() for logits in as_tuple(model(pictures(1, 3, 32, 33)))).backward()
+    for key, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), key
+    model.zero_grad()
+
+
+def test_pooled_batch_norm_is_the_ordinary_one_but_for_a_single_value():
+    pooled, ordinary = PooledBatchNorm2d(4), nn.BatchNorm2d(4)
+    several = pictures(2, 4, 1, 1)
+    assert torch.equal(pooled(several), ordinary(several))
+    assert torch.equal(pooled.running_var, ordinary.running_var)
+    before = {key: value.clone() for key, value in pooled.state_dict().items()}
+    expected = (several[:1] - pooled.running_mean[:, None, None]) / (pooled.running_var + 1e-5).sqrt()[
+        :, None, None
+    ]
+    torch.testing.assert_close(pooled(several[:1]), expected)
+    assert all(torch.equal(value, before[key]) for key, value in pooled.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prediction_does_not_depend_on_the_other_pictures_of_its_batch(name):
+    model, images = small_model(name).eval(), pictures(3, 3, 49, 64)
+    with torch.no_grad():
+        together = model(images)
+        alone = torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_channels_last_gives_the_same_logits_and_stays_channels_last(name):
+    model, images = small_model(name).eval(), pictures(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(images)
+        logits = model.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+    model.to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert logits.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("size", [(32, 64), (33, 47)])
+def test_the_images_are_never_written_to(name, size):
+    images = pictures(2, 3, *size)
+    before = images.clone()
+    for training in (True, False):
+        small_model(name).train(training)(images)
+        assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_optimizer_step_moves_every_parameter(name):
+    model = small_model(name).train()
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    labels = torch.randint(0, 3, (2, 64, 64), generator=torch.Generator().manual_seed(2))
+    loss = sum(
+        nn.functional.cross_entropy(logits, labels) for logits in as_tuple(model(pictures(2, 3, 64, 64)))
+    )
+    loss.backward()
+    optimizer.step()
+    still = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
+    model.load_state_dict(before, strict=False)
+    model.zero_grad()
+    assert still == []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_state_dict_makes_an_equal_model(name):
+    first = small_model(name).eval()
+    with torch.device("meta"):
+        second = build_model(name, 3, **SMALL.get(name, {})).eval()
+    second.load_state_dict({key: value.clone() for key, value in first.state_dict().items()}, assign=True)
+    images = pictures(1, 3, 40, 40)
+    with torch.no_grad():
+        assert torch.equal(second(images), first(images))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_model_takes_any_batch_height_and_width(name):
+    model = small_model(name).eval()
+    dynamic = {0: Dim("batch"), 2: Dim("height", min=33), 3: Dim("width", min=33)}
+    exported = torch.export.export(model, (pictures(2, 3, 64, 96),), dynamic_shapes=(dynamic,)).module()
+    for size in ((1, 3, 33, 64), (3, 3, 65, 47)):
+        with torch.no_grad():
+            torch.testing.assert_close(
+                exported(pictures(*size)), model(pictures(*size)), rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_compiled_model_is_one_graph_with_the_same_logits(name):
+    torch.compiler.reset()
+    model = small_model(name).eval()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for size in ((2, 3, 64, 64), (1, 3, 33, 65)):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(pictures(*size)), model(pictures(*size)))
+    compiled.train()(pictures(1, 3, 32, 32))  # the branch for a pooled map of one value
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_images_that_do_not_fit_are_refused(name):
+    with pytest.raises(ValueError, match=r"at least 32 pixels .* got 31 x 64"):
+        small_model(name)(torch.zeros(1, 3, 31, 64))
+    with pytest.raises(ValueError, match=r"images must be \(N, 3, H, W\).* got \(1, 4, 64, 64\)"):
+        small_model(name)(torch.zeros(1, 4, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "options", "message"),
+    [
+        ("unett", 2, {}, "model must be one of unet.*got 'unett'. Did you mean 'unet'?"),
+        (
+            "unet",
+            2,
+            {"backbone": "resnet50"},
+            "unet takes the options base_channels.*got 'backbone'. Leave it out",
+        ),
+        ("pspnet", 2, {"output_strid": 8}, "Did you mean 'output_stride'?"),
+        ("unet", 1, {}, "num_classes must be a whole number of 2 or more; got 1. Count the background"),
+        ("unet", 2, {"base_channels": 0}, "base_channels must be .* got 0"),
+        ("segnet", 2, {"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
+        ("fcn", 2, {"variant": "4s"}, "variant must be one of 8s, 16s, 32s; got '4s'"),
+        ("fcn", 2, {"backbone": "resnet50"}, "backbone must be one of vgg11.*got 'resnet50'"),
+        ("deeplabv3plus", 2, {"backbone": "resnet51"}, "Did you mean 'resnet50'?"),
+        ("deeplabv3plus", 2, {"output_stride": 32}, "output_stride must be one of 16, 8; got 32"),
+        ("pspnet", 2, {"backbone": "vgg16"}, "backbone must be one of resnet18.*got 'vgg16'"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_the_reason(name, num_classes, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(name, num_classes, **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_options_are_keyword_only_and_spelt_out(name):
+    _, num_classes, in_channels, *options = inspect.signature(MODELS[name].__init__).parameters.values()
+    assert (num_classes.name, in_channels.name, in_channels.default) == ("num_classes", "in_channels", 3)
+    assert all(option.kind is inspect.Parameter.KEYWORD_ONLY for option in options)
+
+
+def test_pspnet_gives_its_auxiliary_logits_in_training_only():
+    model = small_model("pspnet")
+    logits, aux_logits = model.train()(pictures(1, 3, 33, 40))
+    assert logits.shape == aux_logits.shape == (1, 3, 33, 40)
+    assert isinstance(model.eval()(pictures(1, 3, 33, 40)), torch.Tensor)
+
+
+def test_separable_deeplab_has_no_other_3x3_outside_its_backbone():
+    with torch.device("meta"):
+        model = DeepLabV3Plus(3, backbone="resnet18", separable=True)
+    heads = [module for part in (model.aspp, model.decoder) for module in part.modules()]
+    kernels = [module for module in heads if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
+    assert len(kernels) == sum(isinstance(module, SeparableConvBNReLU) for module in heads) == 5
+    assert all(kernel.groups == kernel.in_channels for kernel in kernels)
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_deeplab_looks_equally_far_at_both_output_strides(stride):
+    with torch.device("meta"):
+        model = DeepLabV3Plus(3, backbone="resnet18", output_stride=stride)
+    reach = [branch[0].dilation[0] * stride for branch in model.aspp.atrous]
+    assert reach == [96, 192, 288]  # pixels of the image
+
+
+@pytest.mark.parametrize(("variant", "factors"), [("8s", (2, 2, 8)), ("16s", (2, 16)), ("32s", (32,))])
+def test_fcn_upsampling_starts_as_bilinear_resizing(variant, factors):
+    with torch.device("meta"):
+        model = FCN(3, backbone="vgg11", variant=variant)
+    ups = [module for module in model.modules() if isinstance(module, nn.ConvTranspose2d)]
+    assert sorted(up.factor for up in ups) == sorted(factors)
+    x = pictures(1, 3, 4, 5)
+    for up in ups:
+        up.to_empty(device="cpu").start_bilinear()
+        resized = nn.functional.interpolate(x, scale_factor=up.factor, mode="bilinear")
+        inside = (..., slice(up.factor, -up.factor), slice(up.factor, -up.factor))
+        torch.testing.assert_close(up(x)[inside], resized[inside])
+
+
+def test_unet_sets_an_odd_size_back_with_zeros_at_the_end():
+    up = UNet(3, base_channels=4).dec1.eval()
+    seen = []
+    up.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x, skip = pictures(1, 8, 16, 16), pictures(1, 4, 33, 32)
+    up(x, skip)
+    assert torch.equal(seen[0][:, :4], skip)
+    assert torch.equal(seen[0][:, 4:, :32], up.up(x)) and not seen[0][:, 4:, 32].any()
+
+
+def test_segnet_sets_values_back_where_their_maxima_stood():
+    model = SegNet(2, base_channels=4).eval()
+    seen = []
+    model.backbone.features[5].register_forward_hook(lambda _, inputs, output: seen.append(output))
+    model.decoder1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(pictures(1, 3, 32, 34))
+    before, after = (
+        x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2) for x in seen
+    )  # the four values of each window
+    kept = after != 0
+    assert kept.any() and kept.sum(-1).max() == 1
+    assert torch.equal(before.argmax(-1)[kept.any(-1)], kept.int().argmax(-1)[kept.any(-1)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_torch_hub_builds_each_network(name):
+    with torch.device("meta"):
+        model = torch.hub.load(str(ROOT), name, source="local", num_classes=21, in_channels=4)
+    assert type(model) is MODELS[name] and model.in_channels == 4
+
+
+def test_the_folder_alone_runs_with_torch_as_the_only_package(tmp_path):
+    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    code = (
+        "import sys\n"
+        "for name in ('torchvision', 'PIL', 'matplotlib', 'tqdm', 'config', 'utils'): sys.modules[name] = None\n"
+        "import torch, models\n"
+        "for name in models.MODELS:\n"
+        "    with torch.device('meta'): models.build_model(name, 2)(torch.empty(2, 3, 64, 64))\n"
+        "model = models.build_model('segnet', 2, base_channels=2)\n"
+        "print(tuple(model(torch.rand(1, 3, 32, 40)).shape))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("(1, 2, 32, 40)\n", "", 0)
+
+
+def test_every_network_is_exported_by_name():
+    assert set(MODELS.values()) == {UNet, DeepLabV3Plus, PSPNet, FCN, SegNet}
