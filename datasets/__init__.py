@@ -1,9 +1,10 @@
 """From a user's folder to training batches.
 
-A picture's way, each stop usable alone: reading (file to array) → labels (mask values to class ids) → preflight
-(every file checked and counted once) → transforms (fitting, random moves) → warp (doing them) → cache (decoded,
-resized samples) → folder (the data set) → sampling (order, shards, batches). What is named here needs numpy and
-Pillow only; what makes tensors is imported from `datasets.folder` and `datasets.sampling`.
+A picture's way, each stop usable alone: reading (file to array) → labels (mask values to class ids) →
+preflight (every file checked and counted once) → transforms (fitting, random moves) → warp (doing them) →
+cache (decoded, resized samples) → folder (the data set) → sampling (order, shards, batches). What is named
+here needs numpy and Pillow only; what makes tensors is imported from `datasets.folder` and
+`datasets.sampling`.
 """
 
 from .labels import Encoding, parse_labels

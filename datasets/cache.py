@@ -1,8 +1,8 @@
-"""Decoded, resized samples kept as raw bytes, so that a picture is decoded once: in memory, or in a file that is mapped.
+"""Decoded, resized samples kept as raw bytes, in memory or in a mapped file: a picture is decoded once.
 
-A cache is known by everything that its samples depend on (`key`), so a stale one is never found, only swept. Each entry
-has a checksum that is written after it and tested before its first use: a half-written or broken entry reads as missing
-and is made anew. Processes may fill one cache at once; they write the same bytes.
+A cache is known by everything that its samples depend on (`key`), so a stale one is never found, only swept.
+Each entry has a checksum that is written after it and tested before its first use: a half-written or broken
+entry reads as missing and is made anew. Processes may fill one cache at once; they write the same bytes.
 """
 
 import mmap
@@ -139,7 +139,7 @@ def open_cache(setting: str, cache_dir, key: str, lengths: list[int]) -> tuple[S
 
 
 def _make_room(folder: Path, total: int) -> bool:
-    """Sweep old caches until all fit in half of what the disk would have without them; False if they cannot."""
+    """Sweep old caches until all fit in half of what the disk has without them; False if they cannot."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     others = [path for path in folder.parent.glob("samples-*") if path.is_dir() and path != folder]
     others.sort(key=lambda path: path.stat().st_mtime)

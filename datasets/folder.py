@@ -21,7 +21,7 @@ VERSION = 1  # of cached samples; raise it when reading or fitting gives other b
 
 
 def read_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box]:
-    """A picture as the network sees it, uint8 (h, w, C), and where it lies; in training and prediction alike."""
+    """A picture as the network sees it, uint8 (h, w, C), and where it lies; in training and prediction."""
 
     def content(size: tuple[int, int]) -> tuple[int, int]:
         box = place(size, tuple(image_size), resize)
@@ -35,8 +35,8 @@ class SegmentationDataset:
     """Pictures with masks.
 
     `dataset[(epoch, index)]` is a training sample: image uint8 (C, h, w), mask (h, w), uint8 when all ids and
-    ignore_index fit, else int64. Nothing is remembered between calls, so any process may make any sample, and samples
-    with and without a cache are equal to the bit.
+    ignore_index fit, else int64. Nothing is remembered between calls, so any process may make any sample, and
+    samples with and without a cache are equal to the bit.
 
     Args:
         pairs: what preflight found.
@@ -98,7 +98,9 @@ class SegmentationDataset:
     def batch(self, keys) -> tuple[torch.Tensor, torch.Tensor]:
         """Training samples of (epoch, index) keys: images (N, C, h, w) uint8, masks (N, h, w)."""
         images = torch.empty(len(keys), self.in_channels, *self.image_size, dtype=torch.uint8)
-        masks = torch.empty(len(keys), *self.image_size, dtype=torch.from_numpy(np.empty(0, self.encoding.dtype)).dtype)
+        masks = torch.empty(
+            len(keys), *self.image_size, dtype=torch.from_numpy(np.empty(0, self.encoding.dtype)).dtype
+        )
 
         def make(position: int) -> None:
             epoch, index = keys[position]
@@ -125,14 +127,23 @@ class SegmentationDataset:
 
     def use_cache(self, setting: str, cache_dir) -> str:
         """Keep decoded samples as `cache.open_cache` decides; one line that says how."""
-        settings = [VERSION, PIL.__version__, self.image_size, self.resize, self.in_channels, self.ignore_index]
+        settings = [
+            VERSION,
+            PIL.__version__,
+            self.image_size,
+            self.resize,
+            self.in_channels,
+            self.ignore_index,
+        ]
         files = [[str(pair.image.absolute()), str(pair.mask.absolute()), pair.stamp] for pair in self.pairs]
         known_by = json.dumps([settings, self.evaluation, self.encoding.to_dict(), files])
         lengths = []
         for pair in self.pairs:
             image, mask = self._shapes(pair)
             lengths.append(int(np.prod(image)) + int(np.prod(mask)) * self._stored.itemsize)
-        self.cache, line = open_cache(setting, cache_dir, hashlib.sha256(known_by.encode()).hexdigest(), lengths)
+        self.cache, line = open_cache(
+            setting, cache_dir, hashlib.sha256(known_by.encode()).hexdigest(), lengths
+        )
         return line
 
     def fill_cache(self, progress=None, rank: int = 0, world_size: int = 1) -> None:
@@ -182,7 +193,9 @@ class SegmentationDataset:
             if (box.original_height, box.original_width) != native or mask.shape != native:
                 raise ValueError(f"is {mask.shape}, its picture {box}; {native} wanted.")
         except ValueError as error:
-            raise DataError(f"{pair.mask}: {error} A file changed since it was checked; start again.") from None
+            raise DataError(
+                f"{pair.mask}: {error} A file changed since it was checked; start again."
+            ) from None
         if not evaluation:
             mask = fit_mask(mask, self.image_size, self.resize, self.ignore_index)
         return image, mask
@@ -198,7 +211,7 @@ class SegmentationDataset:
 
 
 def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
-    """Threads whose own torch calls use one core each: many samples at once, not many cores on one small sample."""
+    """Threads whose own torch calls use one core each: many samples at once, not many cores on one."""
     before, barrier = torch.get_num_threads(), Barrier(threads)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="samples")
 

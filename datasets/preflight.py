@@ -1,4 +1,4 @@
-"""The check before training: every picture and mask is paired, opened and counted once, and all problems are told at once.
+"""The check before training: every file is paired, opened and counted once, all problems are told.
 
 What was learned of a file is kept by path, size and time, so that the next start only looks at what changed.
 """
@@ -15,12 +15,24 @@ from pathlib import Path
 
 import numpy as np
 
-from .labels import LARGEST_STRAY_SHARE, UNKNOWN, Encoding, MaskStats, choose_encoding, pack, parse_labels
+from .labels import (
+    RARE,
+    UNKNOWN,
+    Encoding,
+    LabelMap,
+    MaskStats,
+    choose_encoding,
+    pack,
+    pack_one,
+    parse_labels,
+    raw_name,
+)
 from .reading import SUFFIXES, DataError, is_hidden, list_pictures, load_image, load_mask
 
 SPLITS = ("train", "val")
 VERSION = 1  # of what is remembered of a file; raise it when reading or counting changes
 SHOWN = 5  # problems of one kind that are listed; the rest are counted
+MANY_STRAYS = 8  # a mask with more values outside the classes is taken for a lossy one
 MOST_KEYS = (
     4096  # raw values remembered of one mask; a mask with more is lossy, and then the commonest tell enough
 )
@@ -74,7 +86,7 @@ class DataReport:
         if len(present) > 1 and present.max() > 20 * present.min():
             rare = self.class_names[int(np.argmin(np.where(shares["train"] > 0, shares["train"], 2)))]
             lines.append(
-                f"hint: the commonest class has {present.max() / present.min():.0f} times the pixels of '{rare}'; "
+                f"hint: the commonest class has {present.max() / present.min():.0f} times the pixels of {rare}; "
                 "loss joint or weighted_ce, or class_weights auto, help rare classes"
             )
         lines += [f"warning: {warning}" for warning in self.warnings]
@@ -146,8 +158,10 @@ def check_data(
     root = Path(root).expanduser()
     problems, warnings = Problems(), []
     pairs = {split: _pair_split(root, split, mask_suffix, problems, warnings) for split in SPLITS}
-    files = [file for split in SPLITS for pair in pairs[split] for file in pair]
-    snap_to = _colour_candidates(wanted, class_colors)
+    files = [
+        file for split in SPLITS for pair in pairs[split] for file in pair
+    ]  # picture, mask, picture, ...
+    snap_to = _snap_colours(wanted, class_colors)
     found = _scan_all(files, root, in_channels, snap_to, num_workers, cache_dir, progress)
     good = {split: _check_pairs(root, pairs[split], found, problems) for split in SPLITS}
     stats = {mask: _stats(found[mask]) for split in SPLITS for _, mask in good[split]}
@@ -196,7 +210,8 @@ def pair_truth(images: list[Path], truth_folder, mask_suffix: str, encoding: Enc
 
     Raises:
         FileNotFoundError: no such folder.
-        DataError: pictures without a mask, or with two, or a mask that is unreadable or not of `encoding`; lists all.
+        DataError: pictures without a mask, or with two, or a mask that is unreadable or not of `encoding`;
+            lists all.
     """
     folder, problems = Path(truth_folder).expanduser(), Problems()
     if not folder.is_dir():
@@ -273,13 +288,10 @@ def _by_stem(root: Path, files: list[Path], problems: Problems, kind: str) -> di
     return stems
 
 
-def _colour_candidates(wanted, class_colors) -> list[int] | None:
-    """Where lossy colours may be snapped to while counting; None when they are not to be."""
-    if not wanted.snap:
-        return None
+def _snap_colours(wanted: LabelMap, class_colors) -> list[int]:
+    """The declared colours, when lossy colour masks are to be snapped."""
     declared = [raw for raw, _ in wanted.table] if wanted.colours else []
-    declared += [int(pack(np.array(colour, np.uint8))) for colour in class_colors or []]
-    return declared or None
+    return declared + [pack_one(colour) for colour in class_colors or []] if wanted.snap else []
 
 
 def _scan_all(files, root, in_channels, snap_to, num_workers, cache_dir, progress) -> dict:
@@ -302,18 +314,16 @@ def _scan_all(files, root, in_channels, snap_to, num_workers, cache_dir, progres
     masks = {file for i, file in enumerate(files) if i % 2}
 
     def scan(file):
-        seen = _scan_mask(file, snap_to) if file in masks else _scan_image(file, in_channels)
+        try:
+            seen = _scan_mask(file, snap_to) if file in masks else _scan_image(file, in_channels)
+        except DataError as error:
+            seen = {"error": str(error).removeprefix(f"{file}: ")}
+        except OSError as error:
+            seen = {"error": f"cannot be read ({error.strerror})"}
         return file, {"stamp": stamps[file], **seen}
 
     if todo:
-        workers = (
-            num_workers
-            if num_workers
-            else len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else 0
-        )
-        with ThreadPoolExecutor(max(1, workers or os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(num_workers or _cores()) as pool:
             results = _bounded_map(pool, scan, todo)
             for file, entry in progress(results, len(todo), "checking data") if progress else results:
                 found[file] = entry
@@ -321,8 +331,12 @@ def _scan_all(files, root, in_channels, snap_to, num_workers, cache_dir, progres
     return found
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _bounded_map(pool: ThreadPoolExecutor, function, items: list, ahead: int = 64):
-    """Results in order, with no more than `ahead` jobs under way, so that memory does not grow with the list."""
+    """Results in order, with no more than `ahead` jobs under way, whatever the list's length."""
     jobs, items = [], iter(items)
     for item in items:
         jobs.append(pool.submit(function, item))
@@ -369,44 +383,39 @@ def _remember(memory: Path | None, entries: dict) -> None:
 
 
 def _scan_image(file: Path, in_channels: int) -> dict:
-    try:
-        data = file.read_bytes()
-        _, (height, width), orientation = load_image(file, in_channels, reduce_to=(1, 1), data=data)
-    except DataError as error:
-        return {"error": str(error).removeprefix(f"{file}: ")}
-    except OSError as error:
-        return {"error": f"cannot be read ({error.strerror})"}
+    data = file.read_bytes()
+    _, (height, width), orientation = load_image(file, in_channels, reduce_to=(1, 1), data=data)
     return {"crc": zlib.crc32(data), "height": height, "width": width, "orientation": orientation}
 
 
-def _scan_mask(file: Path, snap_to: list[int] | None) -> dict:
-    try:
-        data = file.read_bytes()
-        raw, palette, lossy = load_mask(file, data=data)
-    except DataError as error:
-        return {"error": str(error).removeprefix(f"{file}: ")}
-    except OSError as error:
-        return {"error": f"cannot be read ({error.strerror})"}
+def _scan_mask(file: Path, snap_to: list[int]) -> dict:
+    data = file.read_bytes()
+    raw, palette, lossy = load_mask(file, data=data)
     kind = "palette" if palette is not None else "grey" if raw.ndim == 2 else "colour"
-    if kind == "colour" and (raw[..., 0] == raw[..., 1]).all() and (raw[..., 0] == raw[..., 2]).all():
+    if kind == "colour" and (raw == raw[..., :1]).all():
         kind = "grey_rgb"
         keys, counts = _count(raw[..., 0])
         keys = keys * 0x010101
     else:
         keys, counts = _count(pack(raw) if raw.ndim == 3 else raw)
+    if len(keys) > MOST_KEYS and kind == "colour" and snap_to:
+        table = tuple((colour, i) for i, colour in enumerate(sorted(set(snap_to))))
+        nearest = Encoding("colours", len(table), -1, table, snap=True)
+        rare = counts <= RARE * raw[..., 0].size
+        keys[rare] = np.array([colour for colour, _ in table])[nearest.lookup(keys[rare])]
+        keys, inverse = np.unique(keys, return_inverse=True)
+        counts = np.bincount(inverse, counts).astype(np.int64)
     if len(keys) > MOST_KEYS:
         common = np.sort(np.argsort(-counts, kind="stable")[:MOST_KEYS])
-        counts[common[0]] += counts.sum() - counts[common].sum()
         keys, counts = keys[common], counts[common]
     seen = {
         "crc": zlib.crc32(data),
         "height": raw.shape[0],
         "width": raw.shape[1],
         "kind": kind,
-        "keys": keys.tolist(),
-        "counts": counts.tolist(),
         "lossy": lossy,
     }
+    seen |= {"keys": keys.tolist(), "counts": counts.tolist()}
     if palette is not None:
         seen["colours"] = [palette[key] if key < len(palette) else 0 for key in seen["keys"]]
     return seen
@@ -452,10 +461,8 @@ def _check_pairs(root: Path, pairs, found: dict, problems: Problems) -> list[tup
 
 def _check_lossy(root: Path, stats: dict, encoding: Encoding, problems: Problems) -> None:
     """Class ids in a JPEG lie too close together for damage to be seen."""
-    if encoding.kind != "indices":
-        return
     for mask, seen in stats.items():
-        if seen.lossy:
+        if seen.lossy and encoding.kind == "indices":
             finding = "is a JPEG, which alters class ids unseen"
             problems.add("lossy masks", mask.relative_to(root), finding, "export the masks again as PNG")
 
@@ -466,33 +473,31 @@ def _count_classes(
     """Pixels of each class in one mask; what has no class, or nothing but ignored pixels, is a problem."""
     counts = np.zeros(encoding.num_classes, np.int64)
     name = mask.relative_to(root)
-    if not encoding.as_colours and seen.kind == "colour":
-        problems.add(
-            "values outside the classes", name, "holds colours, other masks hold values", "save all alike"
-        )
-        return counts
     keys, pixels = np.array(seen.read_as(encoding.as_colours), np.int64), np.array(seen.counts, np.int64)
     positions = encoding.lookup(keys)
-    exact = np.isin(keys, [raw for raw, _ in encoding.table])
     unknown = positions == UNKNOWN
-    if encoding.snap:  # a nearest value there always is; too much of one value is no damage
-        unknown = ~exact & (pixels > LARGEST_STRAY_SHARE * 20 * pixels.sum())
     if unknown.any():
         order = np.argsort(-pixels[unknown], kind="stable")
-        strays = list(zip(keys[unknown][order].tolist(), pixels[unknown][order].tolist(), strict=True))
-        share = pixels[unknown].sum() / pixels.sum()
-        finding = f"{encoding.name_strays(strays)}: {share:.2%} of pixels"
-        remedy = f"map them in labels, for example '{encoding.name(strays[0][0])}=ignore', or mend the mask"
-        kind = "values outside the classes"
-        if len(strays) > 8 or seen.lossy:
-            kind = "lossy masks"
-            near = max(1, encoding._raws[encoding._nearest(np.array([strays[0][0]]))[0]] * 0 + len(strays))
-            finding = f"{near} stray values, {share:.2%} of pixels, most {encoding.name(strays[0][0])}"
-            remedy = "export as PNG without smoothing, or set labels to snap"
-        problems.add(kind, name, finding, remedy)
+        strays, sizes = keys[unknown][order], pixels[unknown][order]
+        share = f"{sizes.sum() / pixels.sum():.2%} of pixels"
+        if seen.lossy or len(strays) > MANY_STRAYS:
+            near = dict.fromkeys(
+                raw_name(encoding.nearest(raw), encoding.as_colours) for raw in strays[:64].tolist()
+            )
+            finding = (
+                f"{len(strays)} stray values, {share}, near {', '.join(list(near)[:4])}: JPEG or smoothing"
+            )
+            problems.add(
+                "lossy masks", name, finding, "export as PNG without smoothing, or set labels to snap"
+            )
+        else:
+            finding = f"{encoding.name_strays(list(zip(strays, sizes, strict=True)))}, {share}"
+            first = raw_name(int(strays[0]), encoding.as_colours)
+            remedy = f"mend the mask, or name it in labels ('{first}=ignore')"
+            problems.add("values outside the classes", name, finding, remedy)
         return counts
     ids = np.array([id_ for _, id_ in encoding.table])[positions]
-    valid = (ids != encoding.ignore_index) & (ids >= 0)
+    valid = ids != encoding.ignore_index
     np.add.at(counts, ids[valid], pixels[valid])
     if not counts.any():
         problems.add(
@@ -525,8 +530,8 @@ def _rotation_warning(good: dict, found: dict) -> list[str]:
     if not hidden:
         return []
     return [
-        f"{len(hidden)} pictures carry an EXIF rotation that their size does not show ({hidden[0].name}, ...); they are "
-        "turned as viewers show them, and their masks must be drawn so"
+        f"{len(hidden)} pictures carry an EXIF rotation that their size does not show ({hidden[0].name}, ...); they "
+        "are turned as viewers show them, and their masks must be drawn so"
     ]
 
 

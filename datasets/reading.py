@@ -1,9 +1,10 @@
-"""Finding and reading picture files: any user's file in, one plain uint8 array out, or an error that names the file.
+"""Finding and reading picture files: any user's file in, a plain uint8 array out, or an error that names it.
 
-How values reach 0..255: 8-bit stays; 16-bit grey is divided by 257 (65535 → 255, never clipped, never stretched by its
-own content); `.npy` may be bool (×255), uint8, uint16 (÷257) or float in 0..1 (×255). How bands reach `in_channels`:
-equal counts stay; grey → 3 repeats; colour → 1 is ITU-R 601 luma; alpha is composited on black; 3 → 4 adds an opaque
-alpha; any other count only from `.npy` (H, W, C) or a TIFF with one grey page a channel.
+How values reach 0..255: 8-bit stays; 16-bit grey is divided by 257 (65535 → 255, never clipped, never
+stretched by its own content); `.npy` may be bool (×255), uint8, uint16 (÷257) or float in 0..1 (×255). How
+bands reach `in_channels`: equal counts stay; grey → 3 repeats; colour → 1 is ITU-R 601 luma; alpha is
+composited on black; 3 → 4 adds an opaque alpha; any other count only from `.npy` (H, W, C) or a TIFF with one
+grey page a channel.
 """
 
 import glob
@@ -79,8 +80,8 @@ def read_image(path, in_channels: int = 3, reduce_to=None, max_pixels: int = MAX
     Args:
         path: the file.
         in_channels: number of channels to bring it to; the module's docstring has the rules.
-        reduce_to: (height, width) that will do, or a function of the full one; a JPEG may then come smaller (1/2,
-            1/4, 1/8), never below it, which its decoder does in a fraction of the time.
+        reduce_to: (height, width) that will do, or a function of the full one; a JPEG may then come smaller
+            (1/2, 1/4, 1/8), never below it, which its decoder does in a fraction of the time.
         max_pixels: larger pictures are refused.
 
     Raises:
@@ -145,15 +146,17 @@ def load_mask(path, as_colours: bool = False, max_pixels: int = MAX_PIXELS, data
     """As `read_mask`, and what else preflight asks of the file.
 
     Returns:
-        (raw, palette, lossy): palette is a list of 256 or fewer 0xRRGGBB for a palette mask, else None; lossy is True
-        for a format that does not keep values.
+        (raw, palette, lossy): palette is a list of 256 or fewer 0xRRGGBB for a palette mask, else None; lossy
+        is True for a format that does not keep values.
     """
     path = Path(path)
     try:
         if path.suffix.lower() == ".npy":
             return _npy_mask(path, max_pixels, data), None, False
         with _open(path, max_pixels, data) as picture:
-            lossy = picture.format in ("JPEG", "MPO")
+            lossy = picture.format in ("JPEG", "MPO") or (
+                picture.format == "WEBP" and b"VP8 " in (data or b"")[:64]
+            )
             if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
                 raise DataError(
                     f"holds {picture.n_frames} pages; a mask is one page. Save the right page alone."

@@ -12,8 +12,9 @@ def epoch_batches(
 ) -> list[list[int]]:
     """The batches of one epoch: every sample once, in an order that all processes share.
 
-    A last batch of less than half a batch is a poor gradient and starves batch normalisation: it shares the samples of
-    the last two batches evenly instead. Where that still leaves fewer samples than processes, it joins the batch before.
+    A last batch of less than half a batch is a poor gradient and starves batch normalisation: it shares the
+    samples of the last two batches evenly instead. Where that still leaves fewer samples than processes, it
+    joins the batch before.
 
     Args:
         num_samples: size of the data set.
@@ -50,8 +51,8 @@ def evaluation_shard(num_samples: int, rank: int = 0, world_size: int = 1) -> li
 class Loader:
     """Batches of a data set, made here or by worker processes that live from epoch to epoch.
 
-    A worker is told (epoch, index) with each sample and remembers nothing, so the batches are the same for any number
-    of workers and from any step on.
+    A worker is told (epoch, index) with each sample and remembers nothing, so the batches are the same for
+    any number of workers and from any step on.
 
     Args:
         dataset: answers `batch(keys)` and `__getitems__(keys)`.
@@ -115,6 +116,6 @@ def _as_it_is(batch):
 
 
 def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C goes to all processes; the main one decides, and its workers end with it (torch watches the parent)."""
+    """Ctrl-C reaches every process; the main one decides, and workers end with it (torch sees to that)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)

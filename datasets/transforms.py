@@ -1,9 +1,10 @@
 """Image and mask together: fitting to the network's input, and drawing the random moves of training.
 
-All geometry of one sample (flips, scale, window, rotation) is one affine map, so that a picture is resampled once
-and image and mask cannot come apart. Pixel (i, j) covers [i, i+1) x [j, j+1) and maps act on these coordinates, which
-keeps the bilinear image and the nearest-neighbour mask aligned. What lies outside the picture is `ignore_index` in
-the mask and a grey near the mean in the image: about 0 once normalised, as the convolutions pad.
+All geometry of one sample (flips, scale, window, rotation) is one affine map, so that a picture is resampled
+once and image and mask cannot come apart. Pixel (i, j) covers [i, i+1) x [j, j+1) and maps act on these
+coordinates, which keeps the bilinear image and the nearest-neighbour mask aligned. What lies outside the
+picture is `ignore_index` in the mask and a grey near the mean in the image: about 0 once normalised, as the
+convolutions pad.
 """
 
 from dataclasses import dataclass
@@ -46,12 +47,14 @@ def place(original: tuple[int, int], image_size: tuple[int, int], resize: str) -
     if resize == "crop":
         return Box(0, 0, *original, *original)
     scale = min(image_size[0] / original[0], image_size[1] / original[1])
-    height, width = (max(1, min(most, round(side * scale))) for side, most in zip(original, image_size, strict=True))
+    height, width = (
+        max(1, min(most, round(side * scale))) for side, most in zip(original, image_size, strict=True)
+    )
     return Box((image_size[0] - height) // 2, (image_size[1] - width) // 2, height, width, *original)
 
 
 def fit(image: np.ndarray, image_size, resize: str, original=None) -> tuple[np.ndarray, Box]:
-    """Bring a whole picture, uint8 (H, W, C), to the network's input: antialiased bilinear, padded where it must be.
+    """Bring a whole picture, uint8 (H, W, C), to the network's input: antialiased bilinear, padded.
 
     `original` is the file's (H, W) where `image` is a JPEG that was reduced while decoding.
     """
@@ -80,7 +83,9 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if image.shape[2] == 3:
         return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
     bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(image, 2, 0)]
-    return np.stack([np.asarray(band.resize(size[::-1], Image.Resampling.BILINEAR)) for band in bands], axis=2)
+    return np.stack(
+        [np.asarray(band.resize(size[::-1], Image.Resampling.BILINEAR)) for band in bands], axis=2
+    )
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -99,8 +104,8 @@ class Move:
 
     Attributes:
         matrix: (2, 3) float64, output (x, y, 1) → source (x, y), in pixels.
-        window: where the move is flips and a window on whole pixels: the window's (top, left) in the source; such a
-            sample is copied, not resampled. None for any other.
+        window: where the move is flips and a window on whole pixels: the window's (top, left) in the source;
+            such a sample is copied, not resampled. None for any other.
         flips: (upside down, left to right).
         colour: factors of (brightness, contrast, saturation), or None.
     """
@@ -120,7 +125,8 @@ class Augmentation:
         vflip: probability of a flip upside down.
         scale: (low, high) zoom, log-uniform; what is seen is then a window drawn at random. (1, 1) is off.
         rotate: largest angle in degrees, either way, about the middle of the window.
-        color_jitter: largest change of brightness, contrast and saturation as a fraction (0.3: factors 0.7..1.3).
+        color_jitter: largest change of brightness, contrast and saturation as a fraction (0.3: factors
+            0.7..1.3).
     """
 
     hflip: float = 0.5
