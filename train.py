@@ -49,7 +49,7 @@ from utils.device import (
     pick_precision,
 )
 from utils.ema import Ema
-from utils.inference import Network, normalize, picture_logits
+from utils.inference import Network, normalize, picture_logits, restore
 from utils.optim import Schedule, build_optimizer, build_schedule
 from utils.run import END_MARK, Clock, StopSignal, class_table, format_score, score_columns
 
@@ -524,7 +524,7 @@ def evaluate(run: Run, weights: dict[str, Tensor], keep: Iterable[int] = range(S
     config = run.config
     total = ConfusionMatrix(config.num_classes, config.ignore_index, run.device)
     losses, picture_iou, rows = [], [], {}
-    for index, image, truth, logits in validation_logits(run, weights):
+    for index, picture, truth, logits in validation_logits(run, weights):
         ids = predicted_ids(logits)
         own = ConfusionMatrix(config.num_classes, config.ignore_index, run.device)
         own.update(ids, truth)
@@ -533,13 +533,13 @@ def evaluate(run: Run, weights: dict[str, Tensor], keep: Iterable[int] = range(S
             losses.append(run.loss_fn(logits, truth))
         picture_iou.append(own.state())
         if index in keep:
-            rows[index] = (hwc(image[None])[0], truth[0].cpu().numpy(), ids[0].cpu().numpy(), index)
+            rows[index] = (hwc(picture)[0], truth[0].cpu().numpy(), ids[0].cpu().numpy())
     own_scores = []
     for state in picture_iou:  # read back when all is computed
         own.load_state(state)
         own_scores.append(own.scores().mean_iou)
     captions = [
-        (*rows[i][:3], f"{run.report.val[i].image.name}  mean IoU {format_score(own_scores[i])}")
+        (*rows[i], f"{run.report.val[i].image.name}  mean IoU {format_score(own_scores[i])}")
         for i in keep
         if i in rows
     ]
@@ -550,7 +550,7 @@ def evaluate(run: Run, weights: dict[str, Tensor], keep: Iterable[int] = range(S
 
 @torch.inference_mode()
 def validation_logits(run: Run, weights: dict[str, Tensor]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Yield index, image (C, h, w), truth (1, H, W) and logits (1, num_classes, H, W), picture by picture."""
+    """Yield index, picture (1, C, H, W), truth (1, H, W) and logits (1, num_classes, H, W), in order."""
     network = Network(
         run.model,
         weights,
@@ -569,8 +569,9 @@ def validation_logits(run: Run, weights: dict[str, Tensor]) -> Iterator[tuple[in
             logits = picture_logits(
                 network, [image for image, _, _ in items], [box for _, box, _ in items], window
             )
-            for index, (image, _, truth), one in zip(batch, items, logits, strict=True):
-                yield index, image, truth[None].to(run.device), one
+            for index, (image, box, truth), one in zip(batch, items, logits, strict=True):
+                picture = restore(image[None].float(), box).round().to(torch.uint8)
+                yield index, picture, truth[None].to(run.device), one
             if run.stop.number:  # validation is done again on resume
                 save_last(run)
                 leave_if_stopped(run)
