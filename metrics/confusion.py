@@ -96,9 +96,13 @@ class ConfusionMatrix:
                 "ConfusionMatrix.update: preds and masks must both be (N, H, W) or (H, W); got "
                 f"{tuple(preds.shape)} and {tuple(masks.shape)}. Resize the logits to the masks' size first."
             )
+        if not masks.numel():
+            return
         c, pictures = self.num_classes, preds.shape[0] if preds.ndim == 3 else 1
         cells = c * c + 1  # the last one takes what is ignored
         preds, masks = preds.reshape(pictures, -1), masks.reshape(pictures, -1)
+        if masks.dtype == torch.uint8 and not 0 <= self.ignore_index <= 255:
+            masks = masks.to(torch.int16)  # torch would compare modulo 256
         ignored = masks == self.ignore_index
         masks = masks.masked_fill(ignored, 0)
         if masks.is_cuda:
@@ -183,7 +187,7 @@ class ConfusionMatrix:
         self._sums[-1] += bad
 
     def _check_ids(self, what, ids):
-        low, high = (int(value) for value in ids.aminmax()) if ids.numel() else (0, 0)
+        low, high = (int(value) for value in ids.aminmax())
         if low < 0 or high >= self.num_classes:
             raise ValueError(
                 f"ConfusionMatrix.update: {what} must be class ids 0..{self.num_classes - 1}"

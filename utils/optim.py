@@ -1,90 +1,31 @@
 """Optimizers with their parameter groups, and learning-rate schedules that are functions of the step.
 
-A schedule here is a closed form: the learning rate of step ``k`` depends on ``k`` alone (for plateau also on
-the scores seen so far), never on the rate of step ``k - 1``. A run that is broken off and resumed at step
-``k`` therefore continues with the very same digits, and what will happen can be drawn before it does.
+The rate of step ``k`` is a closed form of ``k`` (for plateau also of the scores seen so far), never of the
+rate of step ``k - 1``. A run that is broken off and resumed therefore continues with the very same digits,
+and what a schedule will do can be drawn before it does it.
 """
 
 import difflib
+import inspect
 from collections import Counter
 
 import torch
 from torch import nn
 
 
-def _near(field, name, choices):
-    if name not in choices:
-        close = difflib.get_close_matches(str(name), choices, n=1)
-        hint = (
-            f" Did you mean {close[0]!r}?" if close else f" Choose one, for example {next(iter(choices))!r}."
-        )
-        raise ValueError(f"{field} must be one of {', '.join(choices)}; got {name!r}.{hint}")
+def _adam(groups, momentum, **fast):
+    return torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, **fast)
 
 
-def _adam(groups, lr, momentum, **fast):
-    return torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, **fast)
+def _sgd(groups, momentum, **fast):
+    return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **fast)
 
 
-def _sgd(groups, lr, momentum, **fast):
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, **fast)
-
-
-def _rmsprop(groups, lr, momentum, **fast):
-    fast = {"foreach": bool(fast)}  # there is no fused RMSprop
-    return torch.optim.RMSprop(groups, lr=lr, alpha=0.99, eps=1e-8, momentum=momentum, **fast)
+def _rmsprop(groups, momentum, **fast):  # torch has no fused one
+    return torch.optim.RMSprop(groups, alpha=0.99, eps=1e-8, momentum=momentum)
 
 
 OPTIMIZERS = {"adam": _adam, "sgd": _sgd, "rmsprop": _rmsprop}
-
-
-def parameter_groups(model, lr, *, weight_decay=0.0, backbone_lr_scale=1.0, backbone="backbone"):
-    """Sort the trainable parameters by learning rate and weight decay.
-
-    Vectors (the scale and shift of a norm, every bias) get no weight decay: pulling them to zero does not
-    make the function simpler (He et al., Bag of Tricks, 2019, section 3.1). Frozen parameters are left out.
-
-    Returns:
-        Up to four groups named ``head``, ``head.no_decay``, ``backbone``, ``backbone.no_decay``, each with
-        the names of its parameters under ``param_names`` once an optimizer holds it.
-    """
-    split = {"head": [], "head.no_decay": [], backbone: [], f"{backbone}.no_decay": []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = backbone if backbone in name.split(".") else "head"
-            split[part if parameter.ndim > 1 else f"{part}.no_decay"].append((name, parameter))
-    if backbone_lr_scale != 1.0 and not split[backbone] + split[f"{backbone}.no_decay"]:
-        raise ValueError(
-            f"backbone_lr_scale is {backbone_lr_scale:g}, but {type(model).__name__} has no trainable "
-            f"parameters under {backbone!r}. Set it to 1, or take a model with a backbone that is not frozen."
-        )
-    groups = []
-    for name, members in split.items():
-        if members:
-            scale = backbone_lr_scale if name.startswith(backbone) else 1.0
-            decay = 0.0 if name.endswith(".no_decay") else weight_decay
-            groups.append({"params": members, "name": name, "lr": lr * scale, "weight_decay": decay})
-    check_groups(model, groups)
-    return groups
-
-
-def check_groups(model, groups):
-    """Raise ValueError unless ``groups`` hold each trainable parameter of ``model`` once and nothing else."""
-    members = [p[1] if isinstance(p, tuple) else p for group in groups for p in group["params"]]
-    seen = Counter(id(parameter) for parameter in members)
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError(
-            f"{type(model).__name__} has no trainable parameter. Unfreeze a part of it to train."
-        )
-    missing = [name for key, name in trainable.items() if not seen[key]]
-    twice = [name for key, name in trainable.items() if seen[key] > 1]
-    strange = len(seen.keys() - trainable.keys())
-    if missing or twice or strange:
-        raise ValueError(
-            f"optimizer: each trainable parameter of {type(model).__name__} must be in exactly one group; "
-            f"missing: {missing or 'none'}, more than once: {twice or 'none'}, strange: {strange}. "
-            "Build the groups with parameter_groups."
-        )
 
 
 def build_optimizer(
@@ -100,12 +41,12 @@ def build_optimizer(
     """Build an optimizer over the trainable parameters of ``model``.
 
     Args:
-        model: on its device already, because that decides between the fused, the foreach and the plain form.
-        name: ``adam`` (betas 0.9 and 0.999, weight decay as the L2 term of the paper, not AdamW's), ``sgd``
-            (Nesterov momentum, in torch's form: the velocity does not contain the learning rate), or
-            ``rmsprop`` (alpha 0.99).
+        model: on its device already; on a CPU or CUDA device adam and sgd take their fused form.
+        name: ``adam`` (betas 0.9 and 0.999; weight decay is the L2 term of the paper, not AdamW's), ``sgd``
+            (Nesterov, in torch's form: the velocity does not contain the learning rate), ``rmsprop`` (alpha
+            0.99).
         lr: learning rate of everything but the backbone.
-        weight_decay: on weights with two or more dimensions; norms and biases have none.
+        weight_decay: on weights of two or more dimensions; norms and biases have none.
         momentum: of sgd and rmsprop; Adam has its first beta instead.
         backbone_lr_scale: factor on the learning rate of the parameters below a module named ``backbone``.
         backbone: the name of that module.
@@ -113,48 +54,88 @@ def build_optimizer(
     Raises:
         ValueError: unknown name, a value out of range, or a parameter that is not in exactly one group.
     """
-    _near("optimizer", name, OPTIMIZERS)
-    ranges = {
-        "learning_rate": lr > 0,
-        "backbone_lr_scale": backbone_lr_scale > 0,
-        "weight_decay": weight_decay >= 0,
-    }
-    for field, right in {**ranges, "momentum": 0 <= momentum < 1}.items():
-        if not right:
-            values = f"learning_rate {lr}, backbone_lr_scale {backbone_lr_scale}, weight_decay {weight_decay}"
-            raise ValueError(
-                f"{field} is out of range; got {values}, momentum {momentum}. Rates and scales are positive, "
-                "weight_decay is 0 or more, momentum in [0, 1)."
-            )
-    groups = parameter_groups(
-        model, lr, weight_decay=weight_decay, backbone_lr_scale=backbone_lr_scale, backbone=backbone
-    )
-    members = [p for group in groups for _, p in group["params"]]
-    fast = (
-        {"fused": True}
-        if all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in members)
-        else {}
-    )
-    return OPTIMIZERS[name](groups, lr, momentum, **fast)
+    _one_of("optimizer", name, OPTIMIZERS)
+    _within("learning_rate", lr, lr > 0, "above 0")
+    _within("weight_decay", weight_decay, weight_decay >= 0, "0 or more")
+    _within("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
+    _within("backbone_lr_scale", backbone_lr_scale, backbone_lr_scale > 0, "above 0")
+    groups = parameter_groups(model, lr, weight_decay, backbone_lr_scale, backbone)
+    check_groups(model, groups)
+    fast = all(p.device.type in ("cpu", "cuda") for group in groups for _, p in group["params"])
+    return OPTIMIZERS[name](groups, momentum, **({"fused": True} if fast else {}))
+
+
+def parameter_groups(model, lr, weight_decay, backbone_lr_scale=1.0, backbone="backbone") -> list[dict]:
+    """Sort the trainable parameters by learning rate and by weight decay.
+
+    Vectors (scale and shift of a norm, every bias) get no weight decay: pulling them to zero makes no
+    function simpler (He et al., Bag of Tricks, 2019, section 3.1).
+
+    Returns:
+        Up to four groups, called ``head``, ``head.no_decay``, ``backbone``, ``backbone.no_decay`` under
+        ``name``; an optimizer keeps the parameters' names under ``param_names``.
+    """
+    split = {"head": [], "head.no_decay": [], "backbone": [], "backbone.no_decay": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "backbone" if backbone in name.split(".") else "head"
+            split[part if parameter.ndim > 1 else f"{part}.no_decay"].append((name, parameter))
+    if backbone_lr_scale != 1 and not split["backbone"] + split["backbone.no_decay"]:
+        raise ValueError(
+            f"backbone_lr_scale needs trainable parameters under {backbone!r}; {type(model).__name__} has "
+            f"none; got {backbone_lr_scale}. Set it to 1, or take a model with a backbone that is not frozen."
+        )
+    return [
+        {
+            "params": members,
+            "name": name,
+            "lr": lr * (backbone_lr_scale if name.startswith("backbone") else 1),
+            "weight_decay": 0.0 if name.endswith("no_decay") else weight_decay,
+        }
+        for name, members in split.items()
+        if members
+    ]
+
+
+def check_groups(model: nn.Module, groups: list[dict]):
+    """Raise ValueError unless ``groups`` hold each trainable parameter of ``model`` once and no other."""
+    members = [p[1] if isinstance(p, tuple) else p for group in groups for p in group["params"]]
+    seen = Counter(id(parameter) for parameter in members)
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            f"optimizer: some parameter must be trainable; {type(model).__name__} has none. Unfreeze a part."
+        )
+    missing = [name for key, name in trainable.items() if not seen[key]]
+    twice = [name for key, name in trainable.items() if seen[key] > 1]
+    strange = len(seen.keys() - trainable.keys())
+    if missing or twice or strange:
+        raise ValueError(
+            "optimizer: each trainable parameter must be in exactly one group; got missing: "
+            f"{missing or 'none'}, more than once: {twice or 'none'}, frozen or of another model: {strange}. "
+            "Build the groups with parameter_groups."
+        )
 
 
 class Schedule:
     """Constant learning rate (``none``), and the frame of the other schedules.
 
-    For the steps k < W (W = warmup_steps) the rate is base * (k + 1) / (W + 1); from k = W on, base *
+    In the first W = ``warmup_steps`` steps, k < W, the rate is base * (k + 1) / (W + 1); then base *
     factor(k).
 
     Args:
         optimizer: its groups' present rates are the base rates.
-        steps_per_epoch: optimizer steps, not batches where gradients are accumulated.
+        steps_per_epoch: optimizer steps, not batches, where gradients are accumulated.
         epochs: length of the run.
-        warmup_steps: length W of the linear warm-up, in steps.
+        warmup_steps: length of the linear warm-up, in steps.
 
     Attributes:
-        position: the number of steps taken; the groups' ``lr`` is always the one of the step to come.
+        position: the number of steps taken; each group's ``lr`` is the one of the step to come.
     """
 
-    def __init__(self, optimizer, steps_per_epoch, epochs, warmup_steps=0):
+    kept = ("position",)  # what a checkpoint needs, plain values
+
+    def __init__(self, optimizer, steps_per_epoch, epochs, warmup_steps):
         self.optimizer = optimizer
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * epochs
@@ -164,17 +145,11 @@ class Schedule:
         self._set_rates()
 
     def factor(self, step: int) -> float:
-        """Factor on the base rate at ``step``, 0-based, after the warm-up."""
+        """Return the factor on the base rate at ``step``, 0-based, warm-up left aside."""
         return 1.0
 
-    def factor_at(self, step: int) -> float:
-        """Factor on the base rate at ``step``, warm-up included."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        return self.factor(step)
-
     def step(self):
-        """Count one optimizer step and set the rates of the next."""
+        """Count one optimizer step, and set the rates of the next."""
         self.position += 1
         self._set_rates()
 
@@ -182,47 +157,51 @@ class Schedule:
         """Take note of the monitored score, higher is better; None where the epoch had no validation."""
 
     def plan(self) -> list[float]:
-        """Return the first group's rate at each step, for drawing (plateau: without further cuts)."""
-        return [self.base_lrs[0] * self.factor_at(step) for step in range(self.total_steps)]
+        """Return the first group's rate at each step of the run, to draw (plateau: without further cuts)."""
+        return [self.base_lrs[0] * self._warmed(step) for step in range(self.total_steps)]
 
     def state_dict(self) -> dict:
         """Return what a resumed run needs, in plain values."""
-        return {"position": self.position}
+        return {name: getattr(self, name) for name in self.kept}
 
     def load_state_dict(self, state: dict):
-        """Continue where ``state`` was taken, and set the groups' rates accordingly."""
-        for key in self.state_dict():
-            setattr(self, key, state[key])
+        """Continue where ``state`` was taken: the groups' rates are set anew."""
+        for name in self.kept:
+            setattr(self, name, state[name])
         self._set_rates()
+
+    def _warmed(self, step):
+        return (step + 1) / (self.warmup_steps + 1) if step < self.warmup_steps else self.factor(step)
 
     def _set_rates(self):
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * self.factor_at(self.position)
+            group["lr"] = base * self._warmed(self.position)
 
 
 class StepLR(Schedule):
-    """Multiply by ``step_gamma`` after every ``step_size`` epochs, as torch's StepLR."""
+    """step_gamma^floor(epoch / step_size), as torch's StepLR; epochs count from the run's start."""
 
-    def __init__(self, *args, step_size, step_gamma):
+    def __init__(self, *frame, step_size: int, step_gamma: float):
+        _within("step_size", step_size, step_size >= 1, "1 or more epochs")
+        _within("step_gamma", step_gamma, 0 < step_gamma <= 1, "in (0, 1]")
         self.step_size, self.step_gamma = step_size, step_gamma
-        super().__init__(*args)
+        super().__init__(*frame)
 
     def factor(self, step):
-        """Return gamma^floor(epoch / size); epochs count from the start of the run, warm-up included."""
+        """Return gamma^floor(epoch / size)."""
         return self.step_gamma ** (step // self.steps_per_epoch // self.step_size)
 
 
 class PolyLR(Schedule):
-    """(1 - t / T)^power per step, over the T steps after the warm-up.
+    """(1 - t / T)^poly_power per step, t of the T steps after the warm-up (DeepLab's "poly", Chen et al., 2016).
 
-    Source: DeepLab (Chen et al., 2016), section 4.1, which calls it the "poly" policy.
-
-    The last step of the run has t = T - 1 and so a rate above 0; past the end the rate is 0.
+    The last step has t = T - 1 and so a rate above 0; past the end of the run the rate is 0.
     """
 
-    def __init__(self, *args, poly_power):
+    def __init__(self, *frame, poly_power: float):
+        _within("poly_power", poly_power, poly_power > 0, "above 0")
         self.poly_power = poly_power
-        super().__init__(*args)
+        super().__init__(*frame)
 
     def factor(self, step):
         """Return (1 - t / T)^power."""
@@ -231,36 +210,36 @@ class PolyLR(Schedule):
 
 
 class PlateauLR(Schedule):
-    """Multiply by ``plateau_factor`` once the score has not risen for over ``plateau_patience`` validations.
+    """plateau_factor^cuts; a cut falls when over ``plateau_patience`` validations in a row bring no rise.
 
-    As torch's ReduceLROnPlateau(mode="max") with its defaults: a rise is one by more than 1e-4 of the best
-    score. Epochs without validation do not count. A score of NaN is no rise.
+    As torch's ReduceLROnPlateau(mode="max") by default: a rise is one by more than 1e-4 of the best score so
+    far, and NaN is none. Epochs without validation do not count.
     """
 
-    def __init__(self, *args, plateau_factor, plateau_patience):
+    kept = ("position", "best", "waited", "cuts")
+
+    def __init__(self, *frame, plateau_factor: float, plateau_patience: int):
+        _within("plateau_factor", plateau_factor, 0 < plateau_factor < 1, "in (0, 1)")
+        _within("plateau_patience", plateau_patience, plateau_patience >= 0, "0 or more validations")
         self.plateau_factor, self.plateau_patience = plateau_factor, plateau_patience
-        self.best, self.waited, self.cuts = None, 0, 0
-        super().__init__(*args)
+        self.best, self.waited, self.cuts = float("-inf"), 0, 0
+        super().__init__(*frame)
 
     def factor(self, step):
-        """Return plateau_factor^(number of cuts so far)."""
+        """Return factor^cuts."""
         return self.plateau_factor**self.cuts
 
     def epoch_end(self, score):
-        """Compare the score with the best so far, and cut the rate when patience has run out."""
+        """Compare the score with the best so far; cut when patience has run out."""
         if score is None:
             return
-        if self.best is None or score > self.best * (1 + 1e-4):
-            self.best, self.waited = (score if score == score else self.best), 0
+        if score > self.best * (1 + 1e-4):
+            self.best, self.waited = float(score), 0
         else:
             self.waited += 1
         if self.waited > self.plateau_patience:
             self.cuts, self.waited = self.cuts + 1, 0
         self._set_rates()
-
-    def state_dict(self):
-        """Return position and what the scores have done so far."""
-        return {"position": self.position, "best": self.best, "waited": self.waited, "cuts": self.cuts}
 
 
 SCHEDULES = {"step": StepLR, "poly": PolyLR, "plateau": PlateauLR, "none": Schedule}
@@ -279,48 +258,42 @@ def build_schedule(
     plateau_factor: float = 0.1,
     plateau_patience: int = 10,
 ) -> Schedule:
-    """Build the schedule ``name``; each reads its own options and leaves the others alone.
+    """Build the schedule ``name``; it takes the options that its class names, and leaves the others alone.
 
     Call ``step()`` after each optimizer step and ``epoch_end(score)`` after each epoch.
 
     Args:
-        optimizer: fresh from ``build_optimizer``; when resuming, load its state afterwards.
+        optimizer: fresh from ``build_optimizer``; when resuming, load both states afterwards.
         name: ``step``, ``poly``, ``plateau`` or ``none``.
         steps_per_epoch: optimizer steps in an epoch.
         epochs: epochs in the run.
-        warmup_steps: steps of linear warm-up in front.
-        step_size: epochs (step).
-        step_gamma: factor in (0, 1] (step).
-        poly_power: exponent (poly).
-        plateau_factor: factor in (0, 1) (plateau).
-        plateau_patience: validations without a rise that are borne (plateau).
+        warmup_steps: steps of linear warm-up in front of any of them.
+        step_size: epochs between the cuts of ``step``.
+        step_gamma: factor of each cut of ``step``.
+        poly_power: exponent of ``poly``.
+        plateau_factor: factor of each cut of ``plateau``.
+        plateau_patience: validations without a rise that ``plateau`` bears.
 
     Raises:
         ValueError: unknown name, or a value out of range.
     """
-    _near("scheduler", name, SCHEDULES)
+    given = dict(locals())
+    _one_of("scheduler", name, SCHEDULES)
     total = steps_per_epoch * epochs
-    rules = {
-        "steps_per_epoch and epochs must be 1 or more": steps_per_epoch >= 1 and epochs >= 1,
-        f"warmup_steps must be in 0..{total - 1}, below the {total} steps of the run": 0
-        <= warmup_steps
-        < total,
-        "step_size must be 1 or more epochs and step_gamma in (0, 1]": step_size >= 1 and 0 < step_gamma <= 1,
-        "poly_power must be above 0": poly_power > 0,
-        "plateau_factor must be in (0, 1) and plateau_patience 0 or more": 0 < plateau_factor < 1
-        and plateau_patience >= 0,
-    }
-    given = (
-        f"steps_per_epoch {steps_per_epoch}, epochs {epochs}, warmup_steps {warmup_steps}, "
-        f"step_size {step_size}, step_gamma {step_gamma}, poly_power {poly_power}, plateau_factor {plateau_factor}, "
-        f"plateau_patience {plateau_patience}"
-    )
-    for rule, kept in rules.items():
-        if not kept:
-            raise ValueError(f"schedule: {rule}; got {given}. Change that setting.")
-    own = {
-        "step": {"step_size": step_size, "step_gamma": step_gamma},
-        "poly": {"poly_power": poly_power},
-        "plateau": {"plateau_factor": plateau_factor, "plateau_patience": plateau_patience},
-    }
-    return SCHEDULES[name](optimizer, steps_per_epoch, epochs, warmup_steps, **own.get(name, {}))
+    _within("steps_per_epoch * epochs", total, steps_per_epoch >= 1 and epochs >= 1, "1 or more")
+    _within("warmup_steps", warmup_steps, 0 <= warmup_steps < total, f"in 0..{total - 1}, below the run")
+    known = inspect.signature(SCHEDULES[name]).parameters.values()
+    options = {option.name: given[option.name] for option in known if option.kind is option.KEYWORD_ONLY}
+    return SCHEDULES[name](optimizer, steps_per_epoch, epochs, warmup_steps, **options)
+
+
+def _one_of(field, name, choices):
+    if name not in choices:
+        close = difflib.get_close_matches(str(name), choices, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else "Choose one of these."
+        raise ValueError(f"{field} must be one of {', '.join(choices)}; got {name!r}. {hint}")
+
+
+def _within(field, value, right, wanted):
+    if not right:
+        raise ValueError(f"{field} must be {wanted}; got {value}. Change that setting.")
