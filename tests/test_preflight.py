@@ -1,0 +1,379 @@
+"""What a user's folder may hold: each oddity is refused with its file named, or handled rightly."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets import DataError, check_data, find_images, pair_truth
+from datasets.folder import SegmentationDataset
+
+SIZE = (24, 32)
+IDS = np.indices(SIZE).sum(0) // 12 % 3  # three classes in stripes
+COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255))
+EXIF_TURNED = 6
+
+
+def picture(seed=0, size=SIZE, mode="RGB"):
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    shape = size if bands == 1 else (*size, bands)
+    return Image.frombytes(
+        mode, size[::-1], np.random.default_rng(seed).integers(0, 256, shape, np.uint8).tobytes()
+    )
+
+
+def save_mask(path, ids=IDS, **options):
+    Image.fromarray(np.asarray(ids).astype(np.uint8)).save(path, **options)
+
+
+def replace(old, new):
+    """A new file in the place of an old one, which goes."""
+    old.unlink()
+    return new
+
+
+def each_mask(root, save):
+    """Save all masks anew by `save(path without suffix, ids)`."""
+    for path in [*root.glob("*/masks/*")]:
+        path.unlink()
+        save(path.with_suffix(""), IDS)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Three pictures to train, two to validate, all well."""
+    for split, count in (("train", 3), ("val", 2)):
+        for kind in ("images", "masks"):
+            (tmp_path / "data" / split / kind).mkdir(parents=True)
+        for i in range(count):
+            picture(10 * count + i).save(tmp_path / "data" / split / "images" / f"p{i}.png")
+            save_mask(tmp_path / "data" / split / "masks" / f"p{i}.png")
+    return tmp_path / "data"
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def colour_png(path, ids, colours=COLOURS, mode="RGB"):
+    Image.fromarray(np.array(colours, np.uint8)[ids]).convert(mode).save(f"{path}.png")
+
+
+def palette_png(path, ids, colours=COLOURS):
+    mask = Image.fromarray(ids.astype(np.uint8))
+    mask.putpalette([value for colour in colours for value in colour])
+    mask.save(f"{path}.png")
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def flip_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(bytes(data))
+
+
+def jpeg_photo(root, **options):
+    path = replace(root / "train/images/p0.png", root / "train/images/p0.jpg")
+    picture(5, (240, 320)).save(path, **options)
+    save_mask(root / "train/masks/p0.png", np.zeros((240, 320)))
+    return path
+
+
+def mixed_binary(root):
+    each_mask(root, lambda path, ids: save_mask(f"{path}.png", ids > 0))
+    save_mask(root / "val/masks/p1.png", (IDS > 0) * 255)
+
+
+def smooth(path, ids):
+    large = Image.fromarray(((ids > 0) * 255).astype(np.uint8)).resize((320, 240))
+    large.resize((32, 24), Image.Resampling.BICUBIC).rotate(3, Image.Resampling.BILINEAR).save(f"{path}.png")
+
+
+def two_pages(path):
+    picture().save(path, save_all=True, append_images=[picture(1)])
+
+
+def turned_photo(root):
+    picture().save(root / "train/images/p0.png", exif=exif(EXIF_TURNED))
+
+
+def np_image(root, array):
+    np.save(replace(root / "train/images/p0.png", root / "train/images/p0.npy"), array)
+
+
+def np_mask(root, array):
+    np.save(replace(root / "train/masks/p0.png", root / "train/masks/p0.npy"), array)
+
+
+def only_ignored(root):
+    save_mask(root / "train/masks/p1.png", np.full(SIZE, 255))
+
+
+def suffixed(root):
+    for path in [*root.glob("*/masks/*")]:
+        path.rename(path.with_stem(path.stem + "_gt"))
+
+
+REFUSED = {  # what is wrong: (how to make it, settings, what the message must name)
+    "no such root": (lambda r: shutil.rmtree(r), {}, ["train/images", "val/masks"]),
+    "no val folder": (lambda r: shutil.rmtree(r / "val"), {}, ["val/images"]),
+    "no masks folder": (lambda r: shutil.rmtree(r / "train/masks"), {}, ["train/masks"]),
+    "empty split": (lambda r: [p.unlink() for p in r.glob("val/*/*")], {}, ["val/images", "holds no picture"]),
+    "picture without mask": (lambda r: (r / "train/masks/p1.png").unlink(), {}, ["train/images/p1.png", "no mask"]),
+    "mask without picture": (lambda r: (r / "val/images/p0.png").unlink(), {}, ["val/masks/p0.png"]),
+    "unexpected suffix": (suffixed, {}, ["set mask_suffix to '_gt'", "p0_gt.png"]),
+    "suffix that is not there": (lambda r: None, {"mask_suffix": "_mask"}, ["train/images/p0.png", "p0_mask"]),
+    "two pictures of a stem": (lambda r: picture().save(r / "train/images/p1.jpg"), {}, ["p1.jpg", "same stem"]),
+    "two masks of a stem": (lambda r: save_mask(r / "train/masks/p1.bmp"), {}, ["p1.png", "p1.bmp"]),
+    "empty picture file": (lambda r: (r / "train/images/p0.png").write_bytes(b""), {}, ["images/p0.png", "0 bytes"]),
+    "empty mask file": (lambda r: (r / "val/masks/p0.png").write_bytes(b""), {}, ["val/masks/p0.png", "0 bytes"]),
+    "text as picture": (lambda r: (r / "train/images/p2.png").write_text("hello"), {}, ["p2.png", "is not a"]),
+    "other format": (lambda r: picture().save(r / "train/images/p0.png", format="GIF"), {}, ["images/p0.png"]),
+    "short PNG": (lambda r: cut_short(r / "train/images/p1.png"), {}, ["images/p1.png", "cannot be read"]),
+    "short mask": (lambda r: cut_short(r / "val/masks/p1.png"), {}, ["val/masks/p1.png", "cannot be read"]),
+    "short JPEG": (lambda r: cut_short(jpeg_photo(r)), {}, ["p0.jpg", "truncated"]),
+    "flipped byte": (lambda r: flip_byte(r / "train/images/p1.png"), {}, ["images/p1.png", "cannot be read"]),
+    "dangling link": (lambda r: os.symlink("nowhere", replace(r / "val/images/p0.png", r / "val/images/p0.png")), {}, ["p0"]),
+    "sizes differ": (lambda r: picture(size=(20, 32)).save(r / "val/images/p1.png"), {}, ["p1.png", "24 x 32", "20 x 32"]),
+    "mask is turned": (lambda r: save_mask(r / "train/masks/p0.png", IDS.T), {}, ["p0.png", "is turned"]),
+    "EXIF turns the picture": (turned_photo, {}, ["p0.png", "EXIF"]),
+    "value outside": (lambda r: save_mask(r / "val/masks/p1.png", IDS + (IDS == 2) * 5), {}, ["val/masks/p1.png", "7 ("]),
+    "nothing but ignored": (only_ignored, {}, ["train/masks/p1.png", "every pixel is ignored"]),
+    "ids from 1": (lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", i + 1)), {}, ["1=0,2=1,3=2"]),
+    "0/255, three classes": (lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", (i > 0) * 255)), {"ignore_index": 254}, ["255"]),
+    "unnamed values": (lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", i * 60)), {}, ["0=0,60=1,120=2"]),
+    "wide ids": (lambda r: np_mask(r, IDS.astype(np.int32) * 70000), {}, ["p0.npy", "70000"]),
+    "negative ids": (lambda r: np_mask(r, IDS.astype(np.int16) - 1), {}, ["p0.npy", "-1"]),
+    "unnamed colours": (lambda r: each_mask(r, colour_png), {}, ["#ff0000", "class_colors", "#000000=0"]),
+    "undeclared colour": (lambda r: (each_mask(r, colour_png), colour_png(r / "val/masks/p0", IDS, ((9, 9, 9), *COLOURS[1:]))), {"class_colors": COLOURS}, ["val/masks/p0.png", "#090909"]),
+    "colours, mapped values": (lambda r: each_mask(r, colour_png), {"labels": "0=0,1=1,2=2"}, ["hold colours"]),
+    "one class, two colours": (lambda r: each_mask(r, colour_png), {"class_colors": (COLOURS[0],) * 3}, ["nothing stands for class"]),
+    "JPEG 0/255": (lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.jpg", (i > 0) * 255, quality=60)), {"num_classes": 2}, ["p0.jpg", "stray values", "near", "snap"]),
+    "JPEG ids": (lambda r: save_mask(replace(r / "val/masks/p0.png", r / "val/masks/p0.jpg"), IDS * 0), {}, ["p0.jpg", "is a JPEG"]),
+    "JPEG colours": (lambda r: each_mask(r, lambda p, i: Image.fromarray(np.array(COLOURS, np.uint8)[i]).save(f"{p}.jpg")), {"class_colors": COLOURS}, ["p0.jpg", "stray values"]),
+    "smooth edges": (lambda r: each_mask(r, smooth), {"num_classes": 2}, ["p0.png", "stray values", "near"]),
+    "snap of class ids": (lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", i * 60)), {"labels": "snap"}, ["snap:0=0,60=1"]),
+    "snap of a whole class": (lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", i * 120)), {"labels": "snap:0=0,255=1", "num_classes": 2}, ["120", "too common"]),
+    "palettes differ": (lambda r: (each_mask(r, palette_png), palette_png(r / "val/masks/p1", IDS, COLOURS[::-1])), {}, ["palettes differ"]),
+    "0/1 and 0/255": (mixed_binary, {"num_classes": 2}, ["255 may be a class"]),
+    "map lacks a class": (lambda r: None, {"labels": "0=0,1=1"}, ["class 2"]),
+    "map names too many": (lambda r: None, {"labels": "0=0,1=1,2=3"}, ["class 3"]),
+    "map lacks a value": (lambda r: save_mask(r / "val/masks/p0.png", IDS + 1), {"labels": "0=0,1=1,2=2"}, ["val/masks/p0.png", "3 ("]),
+    "ignored id is a class": (lambda r: None, {"ignore_index": 1}, ["ignore_index is 1"]),
+    "fractions in a mask": (lambda r: np_mask(r, IDS / 2), {}, ["p0.npy", "whole numbers"]),
+    "mask of four dimensions": (lambda r: np_mask(r, IDS[None, None]), {}, ["p0.npy", "shape"]),
+    "floats beyond 1": (lambda r: np_image(r, np.full((*SIZE, 3), 7.5)), {}, ["p0.npy", "0..1"]),
+    "not a number": (lambda r: np_image(r, np.full((*SIZE, 3), np.nan)), {}, ["p0.npy", "0..1"]),
+    "channels first": (lambda r: np_image(r, np.zeros((3, *SIZE), np.uint8)), {}, ["p0.npy", "transpose"]),
+    "too few channels": (lambda r: None, {"in_channels": 5}, ["p0.png", "has 3 channels"]),
+    "pickled npy": (lambda r: np_image(r, np.array([{}], object)), {}, ["p0.npy", "cannot be read"]),
+    "two pages": (lambda r: two_pages(replace(r / "val/images/p0.png", r / "val/images/p0.tif")), {}, ["p0.tif", "2 pages"]),
+    "colours among ids": (lambda r: colour_png(r / "val/masks/p0", IDS), {}, ["colours"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused_data_names_the_culprit_and_says_everything_at_once(root, what):
+    spoil, settings, named = REFUSED[what]
+    spoil(root)
+    with pytest.raises(DataError) as caught:
+        check_data(root, **{"num_classes": 3, **settings})
+    message = str(caught.value)
+    assert all(part in message for part in named), message
+    assert "Traceback" not in message and message.count("\n") < 60
+
+
+def grey_photo(root, mode, suffix=".png", **options):
+    picture(3, mode=mode).save(
+        replace(root / "train/images/p0.png", root / f"train/images/p0{suffix}"), **options
+    )
+
+
+def rename(root, old, new):
+    (root / old).rename(root / new)
+
+
+def turned_pair(root):
+    picture(size=(32, 24)).save(root / "train/images/p0.png", exif=exif(EXIF_TURNED))
+
+
+def turned_both(root):
+    turned_pair(root)
+    turned = Image.fromarray(IDS.astype(np.uint8)).transpose(Image.Transpose.ROTATE_90)
+    turned.save(root / "train/masks/p0.png", exif=exif(EXIF_TURNED))
+
+
+def strange_name(root, name):
+    for kind in ("images", "masks"):
+        rename(root, f"train/{kind}/p0.png", f"train/{kind}/{name}.png")
+
+
+def clear_background(path, ids):
+    rgba = np.concatenate([np.array(COLOURS, np.uint8)[ids], (ids > 0)[..., None] * np.uint8(255)], axis=2)
+    rgba[ids == 0, :3] = 77  # what lies under full transparency is not seen
+    Image.fromarray(rgba).save(f"{path}.png")
+
+
+def binary(root, save=save_mask):
+    each_mask(root, lambda path, ids: save(f"{path}.png", (ids > 0) * 255))
+
+
+HANDLED = {  # what is odd: (how to make it, settings, ids of the first training mask, part of a warning or None)
+    "nothing": (lambda r: None, {}, IDS, None),
+    "palette masks": (lambda r: each_mask(r, palette_png), {}, IDS, None),
+    "palette in another order": (lambda r: each_mask(r, palette_png), {"class_colors": COLOURS[::-1]}, IDS, "palette index 0"),
+    "palette by colour": (lambda r: each_mask(r, palette_png), {"labels": "#0000ff=0,#ff0000=1,#000000=2"}, 2 - IDS, None),
+    "0/255": (binary, {"num_classes": 2}, IDS > 0, None),
+    "JPEG 0/255, snapped": (lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.jpg", (i > 0) * 255, quality=90)), {"num_classes": 2, "labels": "snap"}, IDS > 0, None),
+    "JPEG colours, snapped": (lambda r: each_mask(r, lambda p, i: Image.fromarray(np.array(COLOURS, np.uint8)[i]).save(f"{p}.jpg", quality=95, subsampling=0)), {"class_colors": COLOURS, "labels": "snap"}, IDS, None),
+    "one bit": (lambda r: each_mask(r, lambda p, i: Image.fromarray(i > 0).save(f"{p}.png")), {"num_classes": 2}, IDS > 0, None),
+    "bool npy": (lambda r: each_mask(r, lambda p, i: np.save(f"{p}.npy", i > 0)), {"num_classes": 2}, IDS > 0, None),
+    "int64 npy": (lambda r: np_mask(r, IDS), {}, IDS, None),
+    "float npy of whole numbers": (lambda r: np_mask(r, IDS[..., None].astype(np.float32)), {}, IDS, None),
+    "16-bit values": (lambda r: each_mask(r, lambda p, i: Image.fromarray((i * 1000).astype(np.uint16)).save(f"{p}.png")), {"labels": "0=0,1000=1,2000=2"}, IDS, None),
+    "32-bit TIFF": (lambda r: each_mask(r, lambda p, i: Image.fromarray(i.astype(np.int32)).save(f"{p}.tiff")), {}, IDS, None),
+    "values by map": (lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", i * 60)), {"labels": "0=1,60=0,120=ignore", "num_classes": 2}, np.array([1, 0, 255])[IDS], None),
+    "two values, one class": (lambda r: None, {"labels": "0=0,1=1,2=1", "num_classes": 2}, IDS > 0, None),
+    "ids in RGB": (lambda r: each_mask(r, lambda p, i: colour_png(p, i, ((0,) * 3, (1,) * 3, (2,) * 3))), {}, IDS, None),
+    "colours": (lambda r: each_mask(r, colour_png), {"class_colors": COLOURS}, IDS, None),
+    "colours by map": (lambda r: each_mask(r, colour_png), {"labels": "#0000FF=0, #ff0000=1, #000000=ignore", "num_classes": 2}, np.array([255, 1, 0])[IDS], None),
+    "colours, one ignored": (lambda r: each_mask(r, colour_png), {"class_colors": COLOURS[:2], "labels": "#0000ff=ignore", "num_classes": 2}, np.array([0, 1, 255])[IDS], None),
+    "black and white": (lambda r: each_mask(r, lambda p, i: colour_png(p, i, ((0,) * 3, (255,) * 3, (255,) * 3))), {"num_classes": 2}, IDS > 0, None),
+    "transparent background": (lambda r: each_mask(r, clear_background), {"class_colors": COLOURS}, IDS, None),
+    "ignored at 11": (lambda r: save_mask(r / "train/masks/p0.png", np.where(IDS == 1, 11, IDS)), {"ignore_index": 11}, np.where(IDS == 1, 11, IDS), None),
+    "ignored at -1": (lambda r: np_mask(r, IDS), {"ignore_index": -1}, IDS, None),
+    "upper case": (lambda r: rename(r, "train/images/p0.png", "train/images/p0.PNG"), {}, IDS, None),
+    "mask suffix": (suffixed, {"mask_suffix": "_gt"}, IDS, None),
+    "a stem that is a pattern": (lambda r: strange_name(r, "[a-z]*(1)?"), {}, IDS, None),
+    "dots and umlauts": (lambda r: strange_name(r, "à la.v2.jpg ü"), {}, IDS, None),
+    "system files": (lambda r: [(r / "train/images" / n).write_bytes(b"x") for n in ("._p0.png", ".DS_Store", "Thumbs.db")], {}, IDS, None),
+    "other files": (lambda r: (r / "val/masks/notes.txt").write_text("x"), {}, IDS, "notes.txt"),
+    "grey picture": (lambda r: grey_photo(r, "L"), {}, IDS, None),
+    "palette picture": (lambda r: picture(3).quantize(16).save(r / "train/images/p0.png"), {}, IDS, None),
+    "RGBA picture": (lambda r: grey_photo(r, "RGBA"), {}, IDS, None),
+    "grey with alpha": (lambda r: grey_photo(r, "LA"), {}, IDS, None),
+    "16-bit picture": (lambda r: Image.fromarray(np.full(SIZE, 4000, np.uint16)).save(r / "train/images/p0.png"), {}, IDS, None),
+    "CMYK JPEG": (lambda r: grey_photo(r, "CMYK", ".jpg"), {}, IDS, None),
+    "WebP": (lambda r: grey_photo(r, "RGB", ".webp"), {}, IDS, None),
+    "BMP": (lambda r: grey_photo(r, "RGB", ".BMP"), {}, IDS, None),
+    "phone's double picture": (lambda r: grey_photo(r, "RGB", ".jpg", format="MPO", save_all=True, append_images=[picture(4)]), {}, IDS, None),
+    "EXIF, mask as seen": (turned_pair, {}, IDS, None),
+    "EXIF on both": (turned_both, {}, IDS, None),
+    "EXIF upside down": (lambda r: picture().save(r / "train/images/p0.png", exif=exif(3)), {}, IDS, "EXIF"),
+    "float picture": (lambda r: np_image(r, np.random.default_rng(0).random((*SIZE, 3))), {}, IDS, None),
+    "grey npy": (lambda r: np_image(r, np.zeros(SIZE, np.uint16)), {}, IDS, None),
+    "class not in val": (lambda r: [save_mask(p, IDS % 2) for p in r.glob("val/masks/*")], {}, IDS, "val: no pixel of class 2"),
+    "class not in train": (lambda r: [save_mask(p, IDS % 2) for p in r.glob("train/masks/*")], {}, IDS % 2, "train: no pixel of class 2"),
+    "same picture in both": (lambda r: shutil.copy(r / "train/images/p1.png", r / "val/images/p0.png"), {}, IDS, "train and val"),
+    "one pixel": (lambda r: (picture(size=(1, 1)).save(r / "train/images/p0.png"), save_mask(r / "train/masks/p0.png", [[2]])), {}, [[2]], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HANDLED)
+def test_odd_data_gives_the_right_labels(root, what):
+    make, settings, ids, warning = HANDLED[what]
+    make(root)
+    settings = {"num_classes": 3, **settings}
+    report = check_data(root, **settings)
+    assert [part for part in report.warnings if warning is None or warning not in part] == []
+    assert bool(report.warnings) == (warning is not None)
+    ignore_index = settings.get("ignore_index", 255)
+    dataset = SegmentationDataset(
+        report.train, encoding=report.encoding, image_size=SIZE, ignore_index=ignore_index, threads=1
+    )
+    image, box, truth = dataset.evaluation_item(0)
+    assert np.array_equal(truth.numpy(), np.asarray(ids).astype(truth.numpy().dtype))
+    assert image.shape == (3, *SIZE) and (box.original_height, box.original_width) == np.asarray(ids).shape
+    valid = np.asarray(ids)[np.asarray(ids) != ignore_index]
+    assert report.class_pixels["train"].sum() > 0 and np.isin(valid, range(settings["num_classes"])).all()
+
+
+def test_pixels_are_counted_a_class_and_an_image(root):
+    save_mask(root / "train/masks/p0.png", np.where(IDS == 2, 255, 0))
+    report = check_data(root, num_classes=3)
+    own = np.bincount(IDS.ravel())
+    zeros = (IDS != 2).sum()
+    assert report.class_pixels["train"].tolist() == [2 * own[0] + zeros, 2 * own[1], 2 * own[2]]
+    assert report.class_image_pixels.tolist() == [2 * IDS.size + zeros, 2 * IDS.size, 2 * IDS.size]
+
+
+def test_many_problems_are_cut_a_kind_and_counted(root):
+    for i in range(20):
+        save_mask(root / f"train/masks/lone{i}.png")
+    (root / "val/images/p0.png").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        check_data(root, num_classes=3)
+    message = str(caught.value)
+    assert "no picture (20)" in message and "and 15 more" in message and "unreadable (1)" in message
+
+
+def test_second_check_reads_no_file_and_sees_a_changed_one(root, tmp_path, monkeypatch):
+    memory = tmp_path / "memory"
+    first = check_data(root, num_classes=3, cache_dir=memory)
+    monkeypatch.setattr("datasets.preflight.load_image", lambda *a, **k: pytest.fail("a known file was read"))
+    second = check_data(root, num_classes=3, cache_dir=memory)
+    assert second.fingerprint == first.fingerprint and second.describe() == first.describe()
+    save_mask(root / "train/masks/p0.png", IDS * 0 + 9)
+    with pytest.raises(DataError, match="9 "):
+        check_data(root, num_classes=3, cache_dir=memory)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"train/images/p0.png": 3}', '{"a": {"stamp": 1}}'])
+def test_broken_memory_is_learned_anew(root, tmp_path, content):
+    first = check_data(root, num_classes=3, cache_dir=tmp_path)
+    for path in tmp_path.glob("check-*.json"):
+        path.write_text(content)
+    assert check_data(root, num_classes=3, cache_dir=tmp_path).fingerprint == first.fingerprint
+    assert len(json.loads(path.read_text())) == 10
+
+
+def test_fingerprint_follows_content_and_not_place_or_time(root, tmp_path):
+    first = check_data(root, num_classes=3).fingerprint
+    moved = tmp_path / "moved"
+    shutil.copytree(root, moved)
+    for path in moved.glob("*/*/*"):
+        os.utime(path, (1, 1))
+    assert check_data(moved, num_classes=3).fingerprint == first
+    save_mask(moved / "val/masks/p0.png", IDS[::-1])
+    changed = check_data(moved, num_classes=3).fingerprint
+    assert {part for part in first if first[part] != changed[part]} == {"validation files"}
+
+
+def test_nothing_is_written_beside_the_data(root, tmp_path):
+    before = sorted(root.rglob("*"))
+    check_data(root, num_classes=3, cache_dir=tmp_path / "memory")
+    assert sorted(root.rglob("*")) == before
+
+
+def test_progress_sees_every_file(root):
+    seen = []
+
+    def progress(items, total, description):
+        seen.append((total, description))
+        yield from items
+
+    check_data(root, num_classes=3, progress=progress)
+    assert seen == [(10, "checking data")]
+
+
+def test_truth_is_paired_by_stem_and_checked(root):
+    report = check_data(root, num_classes=3)
+    images = find_images(root / "val/images")
+    masks = pair_truth(images, root / "val/masks", "", report.encoding)
+    assert [path.name for path in masks] == ["p0.png", "p1.png"]
+    save_mask(root / "val/masks/p1.png", IDS + 4)
+    with pytest.raises(DataError, match=r"p1\.png.*value"):
+        pair_truth(images, root / "val/masks", "", report.encoding)
+    (root / "val/masks/p0.png").unlink()
+    with pytest.raises(DataError, match=r"no p0\.\*"):
+        pair_truth(images, root / "val/masks", "", report.encoding)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        pair_truth(images, root / "elsewhere", "", report.encoding)
