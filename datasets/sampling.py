@@ -1,10 +1,15 @@
 """Order, shards and batches: which samples come when, on which process; a function of (seed, epoch) alone."""
 
 import signal
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
+
+from .transforms import generator_for
+
+ORDER = 2**32 - 1  # the place of the order among an epoch's generators, which samples never reach
 
 
 def epoch_batches(
@@ -32,7 +37,7 @@ def epoch_batches(
             f"{num_samples} samples in batches of {batch_size} cannot be shared by {world_size} processes; "
             "each needs one a step. Start fewer processes, or raise batch_size."
         )
-    order = np.random.Generator(np.random.Philox(key=[seed % 2**64, epoch])).permutation(num_samples).tolist()
+    order = generator_for(seed, epoch, ORDER).permutation(num_samples).tolist()
     ends = [*range(batch_size, num_samples, batch_size), num_samples]
     tail = num_samples - (ends[-2] if len(ends) > 1 else 0)
     if len(ends) > 1 and 2 * tail < batch_size:
@@ -51,27 +56,31 @@ def evaluation_shard(num_samples: int, rank: int = 0, world_size: int = 1) -> li
 class Loader:
     """Batches of a data set, made here or by worker processes that live from epoch to epoch.
 
-    A worker is told (epoch, index) with each sample and remembers nothing, so the batches are the same for
-    any number of workers and from any step on.
+    A worker is told (epoch, index) with each sample and remembers nothing, so the batches are the same for any
+    number of workers and from any step on.
 
     Args:
         dataset: answers `batch(keys)` and `__getitems__(keys)`.
         num_workers: processes; 0 makes the batches in this one, which is fastest for cached data.
-        pin_memory: put batches where a GPU copies from without waiting.
+        pin_memory: for a GPU: batches lie where it copies from without waiting, and the next ones are made
+            beside the current step. (On a CPU that would only take the step's cores.)
     """
 
     def __init__(self, dataset, num_workers: int = 0, pin_memory: bool = False):
         self.dataset = dataset
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self._keys: list = []
+        self._keys = _Keys()
         self._workers = None
 
     def epoch(self, batches: list[list[int]], epoch: int, start_step: int = 0):
         """Yield (images, masks, indices) for each batch from `start_step` on."""
         todo = batches[start_step:]
         keys = [[(epoch, index) for index in batch] for batch in todo]
-        made = self._from_workers(keys) if self.num_workers else map(self._make, keys)
+        if self.num_workers:
+            made = self._from_workers(keys)
+        else:
+            made = self._ahead(keys) if self.pin_memory else map(self.dataset.batch, keys)
         for indices, (images, masks) in zip(todo, made, strict=True):
             yield images, masks, indices
 
@@ -79,16 +88,30 @@ class Loader:
         """End the workers."""
         self._workers = None
 
-    def _make(self, keys):
-        images, masks = self.dataset.batch(keys)
-        return (images.pin_memory(), masks.pin_memory()) if self.pin_memory else (images, masks)
+    def _ahead(self, keys):
+        """Batches made by a thread, two of them before they are asked for."""
+
+        def make(batch):
+            images, masks = self.dataset.batch(batch)
+            return images.pin_memory(), masks.pin_memory()
+
+        maker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        try:
+            jobs = deque(maker.submit(make, batch) for batch in keys[:2])
+            for batch in [*keys[2:], None, None][: len(keys)]:
+                ready = jobs.popleft()
+                if batch is not None:
+                    jobs.append(maker.submit(make, batch))
+                yield ready.result()
+        finally:
+            maker.shutdown(cancel_futures=True)
 
     def _from_workers(self, keys):
-        self._keys[:] = keys
+        self._keys.batches = keys
         if self._workers is None:
             self._workers = DataLoader(
                 self.dataset,
-                batch_sampler=_Keys(self._keys),
+                batch_sampler=self._keys,
                 num_workers=self.num_workers,
                 collate_fn=_as_it_is,
                 pin_memory=self.pin_memory,
@@ -99,16 +122,16 @@ class Loader:
 
 
 class _Keys:
-    """The keys of one epoch, replaced between epochs; lives in the main process only."""
+    """The keys of one epoch, replaced between epochs; only the main process reads them."""
 
-    def __init__(self, keys: list):
-        self.keys = keys
+    def __init__(self):
+        self.batches: list = []
 
     def __iter__(self):
-        return iter(self.keys)
+        return iter(self.batches)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.batches)
 
 
 def _as_it_is(batch):

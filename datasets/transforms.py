@@ -178,4 +178,4 @@ def zoom(scale: float, corner) -> np.ndarray:
 
 def generator_for(seed: int, epoch: int, index: int) -> np.random.Generator:
     """A generator of one sample in one epoch: counter-based, so that making one costs microseconds."""
-    return np.random.Generator(np.random.Philox(key=[seed % 2**64, (epoch << 32) + index]))
+    return np.random.Generator(np.random.Philox(key=((seed % 2**64) << 64) + (epoch << 32) + index))

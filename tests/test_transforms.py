@@ -1,0 +1,192 @@
+"""Image and mask stay together, and no mask gains a label, whatever the move."""
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import Augmentation, fit
+from datasets.transforms import (
+    OUTSIDE,
+    Move,
+    fit_mask,
+    flip,
+    generator_for,
+    place,
+    resize_mask,
+    rotation,
+    zoom,
+)
+from datasets.warp import apply_move, jitter
+
+IGNORE = 255
+EVERYTHING = Augmentation(hflip=0.5, vflip=0.5, scale=(0.5, 2.0), rotate=30, color_jitter=0.4)
+GEOMETRY = Augmentation(hflip=0.5, vflip=0.5, scale=(0.5, 2.0), rotate=30)
+
+
+def apply(image, mask, move, output, ignore_index=IGNORE):
+    out_image = torch.empty(image.shape[2], *output, dtype=torch.uint8)
+    out_mask = torch.empty(output, dtype=torch.from_numpy(mask).dtype)
+    apply_move(image, mask, move, out_image, out_mask, ignore_index)
+    return out_image.permute(1, 2, 0).numpy(), out_mask.numpy()
+
+
+def draw(augmentation, trial, source, output):
+    return augmentation.draw(generator_for(0, 0, trial), source, output)
+
+
+def random_sizes(trial):
+    sides = np.random.default_rng(trial).integers(5, 60, 4).tolist()
+    return tuple(sides[:2]), tuple(sides[2:])
+
+
+def test_a_picture_that_is_its_own_mask_stays_so_under_every_move():
+    """Ramps along both axes: a shift of image against mask of a fraction of a pixel would show."""
+    for trial in range(150):
+        source, output = (int(60 + trial % 7), int(70 - trial % 5)), (48, 56)
+        y, x = np.indices(source)
+        for ramp in (x, y):
+            mask = (3 * ramp).astype(np.uint8)
+            image = np.repeat(mask[..., None], 3, axis=2)
+            move = draw(GEOMETRY, trial, source, output)
+            seen, ids = apply(image, mask, move, output)
+            inside = ids != IGNORE
+            inside[1:-1, 1:-1] &= inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+            inside[[0, -1]] = inside[:, [0, -1]] = False  # the frame's edge is blended with what is outside
+            error = np.abs(seen[..., 0].astype(int) - ids)[inside]
+            assert error.size == 0 or error.max() <= 2  # nearest lies at most half a pixel off: 1.5, rounded
+            signed = (seen[..., 0].astype(int) - ids)[inside]
+            assert error.size < 200 or abs(signed.mean()) < 0.25
+
+
+@pytest.mark.parametrize("resize", ["stretch", "letterbox", "crop"])
+def test_a_mask_gains_no_label_but_ignore(resize):
+    for trial in range(120):
+        source, output = random_sizes(trial)
+        rng = np.random.default_rng(trial)
+        labels = rng.choice(200, 4, replace=False)
+        mask = rng.choice(labels, source).astype(np.uint8)
+        image = rng.integers(0, 256, (*source, 3), np.uint8)
+        fitted, box = fit(image, output, resize)
+        ids = fit_mask(mask, output, resize, IGNORE)
+        assert fitted.shape[:2] == ids.shape == (source if resize == "crop" else output)
+        _, moved = apply(fitted, ids, draw(EVERYTHING, trial, ids.shape, output), output)
+        assert set(np.unique(moved)) <= {*labels.tolist(), IGNORE}
+
+
+def test_what_is_outside_is_ignored_and_filled_and_what_is_inside_is_not():
+    mask, image = np.zeros((20, 20), np.uint8), np.full((20, 20, 3), 7, np.uint8)
+    move = draw(Augmentation(hflip=0, scale=(0.5, 0.5)), 3, (20, 20), (20, 20))
+    seen, ids = apply(image, mask, move, (20, 20))
+    assert abs((ids == 0).sum() - 100) <= 20 and (ids[ids != 0] == IGNORE).all()
+    far = np.abs(seen[..., 0].astype(int) - OUTSIDE) <= 1
+    assert (far | (ids == 0) | (seen[..., 0] < OUTSIDE)).all() and (seen[ids == 0] <= OUTSIDE).all()
+
+
+def test_moves_agree_with_doing_them_by_hand():
+    rng = np.random.default_rng(1)
+    image, mask = rng.integers(0, 256, (6, 8, 3), np.uint8), rng.integers(0, 9, (6, 8)).astype(np.uint8)
+    shape = mask.shape
+    same = Augmentation(hflip=0).draw(generator_for(0, 0, 0), shape, shape)
+    left_right = Augmentation(hflip=1).draw(generator_for(0, 0, 0), shape, shape)
+    upside_down = Augmentation(hflip=0, vflip=1).draw(generator_for(0, 0, 0), shape, shape)
+    for move, axes in ((same, ()), (left_right, (1,)), (upside_down, (0,))):
+        exact = apply(image, mask, move, shape)
+        resampled = apply(image, mask, Move(move.matrix, None, move.flips, None), shape)
+        for seen, ids in (exact, resampled):
+            assert np.array_equal(seen, np.flip(image, axes)) and np.array_equal(ids, np.flip(mask, axes))
+    quarter = Move(
+        (zoom(1, (0, 0)) @ rotation(np.pi / 2, (7, 7)) @ flip((False, False), (7, 7)))[:2], None, (), None
+    )
+    square = rng.integers(0, 9, (7, 7)).astype(np.uint8)
+    assert np.array_equal(apply(np.zeros((7, 7, 3), np.uint8), square, quarter, (7, 7))[1], np.rot90(square))
+
+
+def test_zoom_by_two_shows_every_pixel_of_its_window_four_times():
+    mask = np.arange(36, dtype=np.uint8).reshape(6, 6)
+    move = Move(zoom(2, (1, 2))[:2], None, (False, False), None)
+    _, ids = apply(np.zeros((6, 6, 3), np.uint8), mask, move, (6, 8))
+    assert np.array_equal(ids, mask[2:5, 1:5].repeat(2, 0).repeat(2, 1))
+
+
+def test_crop_takes_a_window_of_whole_pixels_at_native_scale():
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    mask = np.arange(2000).reshape(40, 50)
+    corners = set()
+    for trial in range(50):
+        _, ids = apply(image, mask, draw(Augmentation(hflip=0), trial, mask.shape, (16, 16)), (16, 16))
+        y, x = divmod(int(ids[0, 0]), 50)
+        assert np.array_equal(ids, mask[y : y + 16, x : x + 16])
+        corners.add((y, x))
+    assert len(corners) > 40
+
+
+def test_every_part_of_a_source_is_as_likely_to_be_seen():
+    seen = np.zeros((20, 20))
+    for trial in range(600):
+        _, ids = apply(
+            np.zeros((20, 20, 3), np.uint8),
+            np.arange(400).reshape(20, 20),
+            draw(Augmentation(hflip=0.5, scale=(2, 2)), trial, (20, 20), (20, 20)),
+            (20, 20),
+        )
+        seen.ravel()[np.unique(ids)] += 1
+    assert seen[0].min() > 0 and abs(seen[:, :10].sum() / seen.sum() - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 11, 255, 1000])
+def test_any_ignored_id_survives_resampling(ignore_index):
+    mask = np.random.default_rng(0).choice([0, 5, ignore_index], (30, 30))
+    _, ids = apply(
+        np.zeros((30, 30, 1), np.uint8), mask, draw(GEOMETRY, 5, (30, 30), (30, 30)), (30, 30), ignore_index
+    )
+    assert set(np.unique(ids)) == {0, 5, ignore_index}
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_any_number_of_channels_is_fitted_moved_and_coloured(channels):
+    image = np.random.default_rng(0).integers(0, 256, (33, 21, channels), np.uint8)
+    fitted, box = fit(image, (32, 40), "letterbox")
+    assert fitted.shape == (32, 40, channels) and box == place((33, 21), (32, 40), "letterbox")
+    assert (fitted[:, : box.left] == OUTSIDE).all() and box.left == 10 and box.width == 20
+    seen, _ = apply(fitted, np.zeros((32, 40), np.uint8), draw(EVERYTHING, 1, (32, 40), (16, 16)), (16, 16))
+    assert seen.shape == (16, 16, channels)
+
+
+def test_letterbox_keeps_the_shape_and_labels_only_the_picture():
+    for trial in range(60):
+        source, output = random_sizes(trial)
+        box = place(source, output, "letterbox")
+        assert box.height == output[0] or box.width == output[1]
+        ids = fit_mask(np.zeros(source, np.uint8), output, "letterbox", IGNORE)
+        content = ids[box.top : box.top + box.height, box.left : box.left + box.width]
+        assert (content == 0).all() and (ids == 0).sum() == box.height * box.width
+
+
+def test_nearest_takes_the_value_under_each_centre():
+    for trial in range(60):
+        (old, _), (new, _) = random_sizes(trial)
+        row = np.arange(old)[None]
+        expected = [int((i + 0.5) * old / new) for i in range(new)]
+        assert resize_mask(row, (1, new))[0].tolist() == expected
+
+
+def test_jitter_of_nothing_changes_nothing_and_grey_stays_grey():
+    pixels = torch.randint(0, 256, (3, 8, 8)).float()
+    assert torch.equal(jitter(pixels.clone(), 1, 1, 1).byte(), pixels.byte())
+    grey = torch.full((3, 2, 2), 90.0)
+    assert torch.equal(jitter(grey.clone(), 1, 1, 0.3).byte(), grey.byte())
+    assert jitter(grey.clone(), 1.2, 1, 1).byte().unique().tolist() == [108]
+    assert jitter(pixels.clone(), 3, 3, 3).min() >= 0
+
+
+def test_turning_one_move_on_leaves_the_draws_of_the_others_alone():
+    for trial in range(40):
+        plain = draw(Augmentation(scale=(0.5, 2)), trial, (30, 30), (20, 20))
+        turned = draw(Augmentation(scale=(0.5, 2), color_jitter=0.2, vflip=0.0), trial, (30, 30), (20, 20))
+        assert np.array_equal(plain.matrix, turned.matrix)
+
+
+def test_generators_differ_by_seed_epoch_and_index_and_repeat():
+    keys = [(seed, epoch, index) for seed in (0, 1, -5) for epoch in range(6) for index in range(6)]
+    first = {generator_for(*key).random() for key in keys}
+    assert len(first) == len(keys) and first == {generator_for(*key).random() for key in keys}
