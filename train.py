@@ -119,11 +119,13 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
             print(f"resuming {folder}")
             config = resumed_settings(config, saved["config"], given or {}, FREE)
         device = pick_device(config.device)
+        precision = pick_precision(config.amp, device)
+        model = build_network(config, fresh=saved is None)
         report = check_data(
             config.data_root,
             num_classes=config.num_classes,
             ignore_index=config.ignore_index,
-            class_names=config.class_names,
+            class_names=config.names,
             class_colors=config.class_colors,
             in_channels=config.in_channels,
             labels=config.labels,
@@ -135,7 +137,7 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
     if config.check:
         return Path(config.data_root)
     with mendable():
-        run = build(config, report, device, pretrain=saved is None)
+        run = build(config, report, device, precision, model)
         if saved is None:
             run.folder = run_files.create_run(Path(config.output_dir), config.run_name, config.model)
         else:
@@ -162,31 +164,39 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
     return run.folder
 
 
-def build(config: Config, report: DataReport, device: torch.device, pretrain: bool) -> Run:
-    """Everything a run needs, from its settings and its data; nothing is written yet.
+def build_network(config: Config, fresh: bool) -> nn.Module:
+    """The network on the CPU; a fresh one with the first weights that the settings ask for.
+
+    Raises:
+        ValueError: options that the network refuses, or weights that are none.
+        FileNotFoundError: no such file of weights.
+    """
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, config.num_classes, config.in_channels, **config.model_options)
+    if fresh and config.pretrained != "none":
+        print(load_pretrained(model, config.pretrained))
+    if fresh and config.init_from:
+        checkpoint = read_checkpoint(config.init_from)
+        skipped = load_fitting(model, checkpoint.get("ema") or checkpoint["model"])
+        print("\n  ".join([f"weights from {config.init_from}, {len(skipped)} skipped", *skipped]))
+    return model
+
+
+def build(
+    config: Config, report: DataReport, device: torch.device, precision: torch.dtype, model: nn.Module
+) -> Run:
+    """Everything a run needs, from its settings, its data and its network; nothing is written yet.
 
     Raises:
         ValueError: a combination that does not work; the message says which setting to change.
     """
-    precision = pick_precision(config.amp, device)
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
     if device.type == "cuda" and precision != torch.float32:
         torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
     train_set, val_set = build_datasets(config, report)
-    torch.manual_seed(config.seed)
-    architecture = {
-        "name": config.model,
-        "num_classes": config.num_classes,
-        "in_channels": config.in_channels,
-        "options": config.model_options,
-    }
-    model = build_model(config.model, config.num_classes, config.in_channels, **architecture["options"])
-    if pretrain:
-        load_first_weights(model, config)
-    model.to(device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model.to(device, memory_format=layout)
     if config.freeze_backbone:
         model.backbone.requires_grad_(False)
     weights = class_weights(config, report)
@@ -223,7 +233,12 @@ def build(config: Config, report: DataReport, device: torch.device, pretrain: bo
         train_set=train_set,
         val_set=val_set,
         loader=Loader(train_set, num_workers=config.num_workers or 0, pin_memory=device.type == "cuda"),
-        architecture=architecture,
+        architecture={
+            "name": config.model,
+            "num_classes": config.num_classes,
+            "in_channels": config.in_channels,
+            "options": config.model_options,
+        },
         model=model,
         forward=torch.compile(model) if config.compile else model,
         loss_fn=loss_fn.to(device),
@@ -257,7 +272,11 @@ def build_datasets(config: Config, report: DataReport) -> tuple[SegmentationData
         color_jitter=config.color_jitter,
     )
     train_set = SegmentationDataset(report.train, augmentation=augmentation, **shared)
-    return train_set, SegmentationDataset(report.val, **shared)
+    val_set = SegmentationDataset(report.val, evaluation=True, **shared)
+    for data in (train_set, val_set):
+        said = data.use_cache(config.cache, config.cache_folder)
+    print(said)
+    return train_set, val_set
 
 
 def class_weights(config: Config, report: DataReport) -> list[float] | None:
@@ -267,21 +286,6 @@ def class_weights(config: Config, report: DataReport) -> list[float] | None:
     weights = median_frequency_weights(report.class_pixels["train"], report.class_image_pixels)
     print("class weights (median frequency): " + ", ".join(f"{w:.4g}" for w in weights))
     return weights
-
-
-def load_first_weights(model: nn.Module, config: Config) -> None:
-    """Load `pretrained` into the backbone and `init_from` into the whole, and say what did not fit."""
-    if config.pretrained != "none":
-        print(load_pretrained(model, config.pretrained))
-    if config.init_from:
-        checkpoint = read_checkpoint(config.init_from)
-        skipped = load_fitting(model, checkpoint.get("ema") or checkpoint["model"])
-        print(
-            f"weights from {config.init_from}"
-            + (f"; {len(skipped)} skipped:" if skipped else ", all of them")
-        )
-        for line in skipped:
-            print(f"  {line}")
 
 
 def progress_bar(
@@ -355,7 +359,7 @@ def train(run: Run) -> None:
         row = {
             "epoch": number,
             "steps": run.schedule.position,
-            "learning_rate": run.schedule.base_lrs[0] * run.schedule.factor_at(run.schedule.position - 1),
+            "learning_rate": run.schedule.plan()[run.schedule.position - 1],
             **{f"train_{name}": value / len(run.train_set) for name, value in progress.sums.items()},
         }
         seconds = time.perf_counter() - started
@@ -372,6 +376,7 @@ def train(run: Run) -> None:
                 panel = visualize.sample_panels(found.rows, config.names, run.palette, config.ignore_index)
                 write_image(run.folder / "samples" / f"epoch_{number:03d}.png", panel)
     if progress.epoch < config.epochs:
+        draw_curves(run)
         print(f"no better {config.monitor} for {progress.stalled} validations: stopped early")
     finish(run)
 
@@ -597,10 +602,19 @@ def end_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
     save_last(run)
     with run.clock.to("saving"):
         run_files.write_log(run.folder / "log.csv", progress.rows)
-        plan = run.schedule.plan()
-        stride = max(1, len(plan) // 500)
-        rates = [(step / run.schedule.steps_per_epoch, plan[step]) for step in range(0, len(plan), stride)]
-        write_image(run.folder / "curves.png", visualize.draw_curves(progress.rows, rates))
+        if (
+            run.clock.share("saving") < 0.1 or progress.epoch == config.epochs
+        ):  # not at every one of many short epochs
+            draw_curves(run)
+
+
+def draw_curves(run: Run) -> None:
+    """Write `curves.png`: the log so far, over the planned learning rate."""
+    plan = run.schedule.plan()
+    rates = [
+        (at / run.schedule.steps_per_epoch, plan[at]) for at in range(0, len(plan), max(1, len(plan) // 500))
+    ]
+    write_image(run.folder / "curves.png", visualize.draw_curves(run.progress.rows, rates))
 
 
 def save_last(run: Run) -> None:

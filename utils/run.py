@@ -213,10 +213,13 @@ class Clock:
         finally:
             self.seconds[what] += time.perf_counter() - start
 
+    def share(self, what: str) -> float:
+        """Of the time counted so far, 0 to 1."""
+        return self.seconds[what] / (sum(self.seconds.values()) or 1.0)
+
     def describe(self) -> str:
         """Shares in percent, with advice where the data is waited for."""
-        total = sum(self.seconds.values()) or 1.0
-        text = ", ".join(f"{what} {100 * seconds / total:.0f} %" for what, seconds in self.seconds.items())
-        if self.seconds["data"] > 0.1 * total:
+        text = ", ".join(f"{what} {100 * self.share(what):.0f} %" for what in self.seconds)
+        if self.share("data") > 0.1:
             text += ". Data is waited for: try cache ram or disk, more num_workers, or smaller picture files"
         return text

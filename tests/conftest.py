@@ -1,0 +1,56 @@
+"""Small data sets and runs that several tests start from."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from config import Config
+
+
+def write_pair(root, split, stem, rng, size=(48, 40), ignore=255):
+    """A grey picture with a bright square, and its mask: 0 ground, 1 square, one ignored pixel."""
+    height, width = size
+    picture = rng.integers(0, 90, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    top, left = rng.integers(2, height - 20), rng.integers(2, width - 20)
+    picture[top : top + 16, left : left + 16] += 140
+    mask[top : top + 16, left : left + 16] = 1
+    mask[0, 0] = ignore
+    for folder, array in (("images", picture), ("masks", mask)):
+        (root / split / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(root / split / folder / f"{stem}.png")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Six training and three validation pictures of several sizes, two classes."""
+    rng = np.random.default_rng(0)
+    for split, sizes in (("train", [(48, 40)] * 5 + [(60, 70)]), ("val", [(48, 40), (40, 64), (50, 50)])):
+        for number, size in enumerate(sizes):
+            write_pair(tmp_path / "data", split, f"p{number}", rng, size)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def settings(data, tmp_path):
+    """Make a Config of a small, quick run on that data; any setting can be given."""
+
+    def make(**changes):
+        small = dict(
+            data_root=str(data),
+            output_dir=str(tmp_path / "runs"),
+            run_name="run",
+            num_classes=2,
+            image_size=32,
+            base_channels=4,
+            epochs=2,
+            batch_size=2,
+            warmup_steps=2,
+        )
+        return Config(**{**small, **changes})
+
+    return make

@@ -1,0 +1,281 @@
+"""predict.py whole: what it writes, that it scores as training does, and what it refuses."""
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import predict
+import train
+from models import load_model
+from predict import Args
+from utils.cli import Fail, parse
+
+ROOT = Path(__file__).parent.parent
+
+
+def rows_of(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def args(settings, data, tmp_path):
+    """Train for an epoch and make Args for that run; any field can be given."""
+
+    def make(training=None, **changes):
+        folder = train.main(settings(**{"epochs": 1, **(training or {})}))
+        given = dict(
+            weights=str(folder / "best.pt"), input=str(data / "val" / "images"), output=str(tmp_path / "out")
+        )
+        return Args(**{**given, **changes})
+
+    return make
+
+
+def test_masks_have_each_pictures_own_size_and_hold_class_ids_in_a_palette(args, data, tmp_path):
+    predict.main(args())
+    for picture in (data / "val" / "images").iterdir():
+        mask = Image.open(tmp_path / "out" / "masks" / picture.name)
+        assert (mask.mode, mask.size) == ("P", Image.open(picture).size)
+        assert set(np.unique(np.array(mask))) <= {0, 1}
+        assert (tmp_path / "out" / "overlays" / picture.name).exists()
+    summary = rows_of(tmp_path / "out" / "summary.csv")
+    assert len(summary) == 3
+    assert all(abs(float(row["class_0"]) + float(row["class_1"]) - 1) < 1e-5 for row in summary)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {},
+        {"resize": "letterbox", "ema_decay": 0.5},
+        {"resize": "crop"},
+        {"amp": "off", "batch_size": 3},
+        {"ignore_index": 2},
+    ],
+    ids=["stretch", "letterbox-ema", "crop", "float32", "ignore-2"],
+)
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_scoring_the_predictions_gives_the_digits_of_the_log(
+    args, data, tmp_path, capsys, training, batch_size
+):
+    if training.get("ignore_index") == 2:
+        for path in data.rglob("masks/*.png"):
+            mask = np.array(Image.open(path))
+            Image.fromarray(np.where(mask == 255, 2, mask).astype(np.uint8)).save(path)
+    given = args(
+        {"epochs": 3, "learning_rate": 0.01, **training},
+        truth=str(data / "val" / "masks"),
+        batch_size=batch_size,
+    )
+    capsys.readouterr()
+    predict.main(given)
+    printed = capsys.readouterr().out
+    best = max(rows_of(Path(given.weights).parent / "log.csv"), key=lambda row: float(row["mean_iou"]))
+    assert f"mean IoU {float(best['mean_iou']):.4f}" in printed
+    assert f"mean Dice {float(best['mean_dice']):.4f}" in printed
+    scores = rows_of(tmp_path / "out" / "scores.csv")
+    assert [row["mean_iou"] for row in scores] == sorted(row["mean_iou"] for row in scores)
+    mean = np.mean([float(row["mean_iou"]) for row in scores])
+    assert abs(mean - float(best["picture_mean_iou"])) < 2e-6
+
+
+def test_one_picture_in_other_code_equals_the_written_mask(args, data, tmp_path):
+    given = args({"amp": "off"})
+    predict.main(given)
+    picture = data / "val" / "images" / "p1.png"
+    ids = predict.segment(load_model(given.weights), np.array(Image.open(picture)))
+    assert np.array_equal(ids, np.array(Image.open(tmp_path / "out" / "masks" / "p1.png")))
+
+
+def test_masks_come_back_in_the_training_masks_own_encoding(args, data, tmp_path):
+    for path in data.rglob("masks/*.png"):
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask == 1, 255, 0).astype(np.uint8)).save(path)
+    predict.main(args({"ignore_index": -1, "epochs": 3, "learning_rate": 0.01}, encoding="source"))
+    values = {
+        v for path in (tmp_path / "out" / "masks").iterdir() for v in np.unique(np.array(Image.open(path)))
+    }
+    assert values <= {0, 255}
+
+
+def test_a_picture_alone_a_pattern_and_sub_folders_are_found(args, data, tmp_path):
+    given = args()
+    deep = tmp_path / "deep" / "a" / "b"
+    deep.mkdir(parents=True)
+    shutil.copy(data / "val" / "images" / "p0.png", deep / "p0.png")
+    shutil.copy(data / "val" / "images" / "p1.png", tmp_path / "deep" / "p0.png")
+    common = dict(weights=given.weights)
+    predict.main(Args(**common, input=str(deep / "p0.png"), output=str(tmp_path / "one")))
+    predict.main(Args(**common, input=str(tmp_path / "deep"), recursive=True, output=str(tmp_path / "all")))
+    predict.main(
+        Args(**common, input=str(data / "val" / "images" / "p[01].png"), output=str(tmp_path / "some"))
+    )
+
+    def masks(name):
+        return {
+            path.relative_to(tmp_path / name / "masks").as_posix()
+            for path in (tmp_path / name).rglob("masks/**/*.png")
+        }
+
+    assert masks("one") == {"p0.png"}
+    assert masks("all") == {"p0.png", "a/b/p0.png"}
+    assert masks("some") == {"p0.png", "p1.png"}
+
+
+def test_two_pictures_of_one_stem_have_two_masks(args, data, tmp_path):
+    given = args()
+    folder = tmp_path / "twins"
+    folder.mkdir()
+    picture = Image.open(data / "val" / "images" / "p0.png")
+    picture.save(folder / "a.png")
+    picture.save(folder / "a.jpg")
+    picture.save(folder / "a_png.bmp")
+    predict.main(Args(weights=given.weights, input=str(folder), output=given.output))
+    assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == {
+        "a_jpg.png",
+        "a_png_.png",
+        "a_png.png",
+    }
+
+
+def test_an_unreadable_picture_is_named_and_skipped_and_the_others_are_written(args, data, tmp_path):
+    given = args()
+    (data / "val" / "images" / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(Fail) as caught:
+        predict.main(given)
+    assert caught.value.code == 1
+    assert "broken.png" in str(caught.value)
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
+
+
+def test_probabilities_are_written_and_their_argmax_is_the_mask(args, tmp_path):
+    predict.main(args({"amp": "off"}, probabilities=True))
+    found = np.load(tmp_path / "out" / "probabilities" / "p0.npz")["probabilities"]
+    mask = np.array(Image.open(tmp_path / "out" / "masks" / "p0.png"))
+    assert (found.dtype, found.shape) == (np.float16, (2, *mask.shape))
+    assert np.allclose(found.astype(np.float32).sum(0), 1, atol=2e-3)
+    sure = np.abs(found[0].astype(np.float32) - 0.5) > 0.01
+    assert np.array_equal(found.argmax(0)[sure], mask[sure])
+
+
+@pytest.mark.parametrize(("threshold", "value"), [(0.0, 1), (1.0, 0)])
+def test_a_threshold_decides_between_two_classes(args, tmp_path, threshold, value):
+    predict.main(args(threshold=threshold))
+    assert np.all(np.array(Image.open(tmp_path / "out" / "masks" / "p0.png")) == value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"window": 32}, {"window": (32, 40), "overlap": 0.5}, {"tta": "flip"}, {"tta": "multiscale"}]
+)
+def test_windows_and_augmented_predictions_cover_every_picture(args, data, tmp_path, changes):
+    predict.main(args(**changes))
+    for picture in (data / "val" / "images").iterdir():
+        assert Image.open(tmp_path / "out" / "masks" / picture.name).size == Image.open(picture).size
+
+
+def test_earlier_predictions_are_replaced_but_never_somebody_elses_masks(args, data, tmp_path, capsys):
+    given = args(output=str(data / "val"))
+    before = {path: path.read_bytes() for path in data.rglob("*.png")}
+    with pytest.raises(Fail, match="masks exists"):
+        predict.main(given)
+    assert before == {path: path.read_bytes() for path in data.rglob("*.png")}
+    again = Args(weights=given.weights, input=given.input, output=str(tmp_path / "out"))
+    predict.main(again)
+    predict.main(again)
+    assert "replaced" in capsys.readouterr().out
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def text(path):
+    path.write_text("no checkpoint")
+
+
+def malicious(path):
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return (Path.touch, (path.with_name("payload-ran"),))
+
+    path.write_bytes(pickle.dumps(Payload()))
+
+
+def state_dict_alone(path):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+
+
+def another_format(path):
+    torch.save({**torch.load(path, weights_only=True), "format": 99}, path)
+
+
+def gone(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage", [truncated, flipped, text, malicious, state_dict_alone, another_format, gone]
+)
+def test_a_file_that_is_no_checkpoint_is_refused_by_name_and_nothing_is_written(args, tmp_path, damage):
+    given = args()
+    path = Path(given.weights)
+    damage(path)
+    with pytest.raises(Fail) as caught:
+        predict.main(given)
+    assert caught.value.code == 2
+    assert "best.pt" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert not path.with_name("payload-ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"input": "no/such/folder"}, ["no/such/folder"]),
+        ({"truth": "no/truth"}, ["no/truth"]),
+        ({"device": "cuda:77"}, ["cuda:77"]),
+    ],
+)
+def test_wrong_input_is_refused_and_nothing_is_written(args, tmp_path, changes, words):
+    with pytest.raises(Fail) as caught:
+        predict.main(args(**changes))
+    assert caught.value.code == 2
+    assert all(word in str(caught.value) for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_threshold_is_refused_for_more_than_two_classes(args):
+    with pytest.raises(Fail, match="two classes"):
+        predict.main(args({"num_classes": 3}, threshold=0.5))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--overlap", "2"], ["--window", "8"], ["--tta", "flop"], ["--batch_size", "0"]]
+)
+def test_wrong_values_are_refused(flags):
+    with pytest.raises(Fail, match=flags[0][2:]):
+        parse(Args, flags, "usage")
+
+
+def test_the_command_line_ends_with_code_2_and_one_line(tmp_path):
+    command = [sys.executable, "predict.py", "--weights", str(tmp_path / "none.pt")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "none.pt" in done.stderr
