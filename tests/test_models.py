@@ -298,9 +298,7 @@ def test_segnet_sets_values_back_where_their_maxima_stood():
     model.backbone.features[5].register_forward_hook(lambda _, inputs, output: seen.append(output))
     model.decoder1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(pictures(1, 3, 32, 34))
-    before, after = (
-        x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2) for x in seen
-    )  # the four values of each window
+    before, after = (x.unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2) for x in seen)  # windows of four
     kept = after != 0
     assert kept.any() and kept.sum(-1).max() == 1
     assert torch.equal(before.argmax(-1)[kept.any(-1)], kept.int().argmax(-1)[kept.any(-1)])
@@ -317,7 +315,7 @@ def test_the_folder_alone_runs_with_torch_as_the_only_package(tmp_path):
     shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
     code = (
         "import sys\n"
-        "for name in ('torchvision', 'PIL', 'matplotlib', 'tqdm', 'config', 'utils'): sys.modules[name] = None\n"
+        "for name in ('torchvision', 'PIL', 'matplotlib', 'config', 'utils'): sys.modules[name] = None\n"
         "import torch, models\n"
         "for name in models.MODELS:\n"
         "    with torch.device('meta'): models.build_model(name, 2)(torch.empty(2, 3, 64, 64))\n"
