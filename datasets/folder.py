@@ -189,16 +189,17 @@ class SegmentationDataset:
         image, box = read_fitted(pair.image, self.in_channels, self.image_size, self.resize)
         mask = load_mask(pair.mask, self.encoding.as_colours)[0]
         try:
-            mask = self.encoding.encode(mask).astype(self._stored)
-            if (box.original_height, box.original_width) != native or mask.shape != native:
+            if (box.original_height, box.original_width) != native or mask.shape[:2] != native:
                 raise ValueError(f"is {mask.shape}, its picture {box}; {native} wanted.")
+            if evaluation:
+                mask = self.encoding.encode(mask)
+            else:
+                mask = fit_mask(mask, self.image_size, self.resize, self.ignore_index, self.encoding.encode)
         except ValueError as error:
             raise DataError(
                 f"{pair.mask}: {error} A file changed since it was checked; start again."
             ) from None
-        if not evaluation:
-            mask = fit_mask(mask, self.image_size, self.resize, self.ignore_index)
-        return image, mask
+        return image, mask.astype(self._stored)
 
     def _map(self, function, items):
         """Lazy map over this data set's threads; in the order of `items`."""

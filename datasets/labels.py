@@ -145,8 +145,6 @@ class Encoding:
             values, inverse = np.unique(raws, return_inverse=True)
             return self._nearest(values.astype(np.int64))[inverse].reshape(raws.shape)
         lowest, found = self._positions
-        if raws.dtype == np.uint8:  # the common case, without widening the picture
-            return found[-lowest : -lowest + 256][raws]
         return found[np.clip(raws.astype(np.int64) - lowest, 0, len(found) - 1)]
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
@@ -162,12 +160,16 @@ class Encoding:
             if (raw != raw[..., :1]).any():
                 raise ValueError(f"holds colours, but the masks are read as {self.describe()}.")
             keys = raw[..., 0]
-        positions = self.lookup(keys)
-        unknown = positions == UNKNOWN
+        if keys.dtype == np.uint8:  # one byte a pixel all the way
+            positions = self.lookup(np.arange(256))
+            ids, unknown = self._ids[positions].take(keys), (positions == UNKNOWN).take(keys)
+        else:
+            positions = self.lookup(keys)
+            ids, unknown = self._ids[positions], positions == UNKNOWN
         if unknown.any():
             strays = Counter(keys[unknown].tolist()).most_common()
             raise ValueError(f"holds {self.name_strays(strays)}; known are {self.describe()}.")
-        return self._ids[positions]
+        return ids
 
     def name_strays(self, strays, most: int = 4) -> str:
         """'values 7 (12 px), 9 (3 px) and 5 more' from (raw, count) pairs."""

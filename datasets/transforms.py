@@ -62,10 +62,14 @@ def fit(image: np.ndarray, image_size, resize: str, original=None) -> tuple[np.n
     return _frame(resize_image(image, (box.height, box.width)), box, image_size, resize, OUTSIDE), box
 
 
-def fit_mask(mask: np.ndarray, image_size, resize: str, ignore_index: int) -> np.ndarray:
-    """Bring class ids (H, W) to the same frame as `fit` does the picture, by nearest neighbour."""
-    box = place(mask.shape, tuple(image_size), resize)
-    return _frame(resize_mask(mask, (box.height, box.width)), box, image_size, resize, ignore_index)
+def fit_mask(mask: np.ndarray, image_size, resize: str, ignore_index: int, encode=None) -> np.ndarray:
+    """Bring class ids (H, W) to the same frame as `fit` does the picture, by nearest neighbour.
+
+    `encode` makes ids of raw values, here and not before: of a large mask few values are left to look up.
+    """
+    box = place(mask.shape[:2], tuple(image_size), resize)
+    content = resize_mask(mask, (box.height, box.width))
+    return _frame(encode(content) if encode else content, box, image_size, resize, ignore_index)
 
 
 def _frame(content: np.ndarray, box: Box, image_size, resize: str, fill: int) -> np.ndarray:
@@ -90,12 +94,12 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The value under each new pixel's centre."""
-    if mask.shape == tuple(size):
+    if mask.shape[:2] == tuple(size):
         return mask
     rows, columns = (
-        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, mask.shape, strict=True)
+        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, mask.shape, strict=False)
     )
-    return mask[rows[:, None], columns]
+    return mask[rows][:, columns]
 
 
 @dataclass(frozen=True)
