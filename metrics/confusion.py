@@ -98,28 +98,45 @@ class ConfusionMatrix:
             )
         if not masks.numel():
             return
-        c, pictures = self.num_classes, preds.shape[0] if preds.ndim == 3 else 1
-        cells = c * c + 1  # the last one takes what is ignored
+        pictures = preds.shape[0] if preds.ndim == 3 else 1
         preds, masks = preds.reshape(pictures, -1), masks.reshape(pictures, -1)
-        if masks.dtype == torch.uint8 and not 0 <= self.ignore_index <= 255:
-            masks = masks.to(torch.int16)  # torch would compare modulo 256
+        if preds.is_cuda or self.num_classes > 255 or not 0 <= self.ignore_index <= 255:
+            self._count(preds, masks)
+        else:
+            self._count_bytes(preds, masks)
+
+    def _count_bytes(self, preds, masks):
+        """On the CPU: a row for each value of a byte, so that a wrong label shows in a row of its own."""
+        c, rows = self.num_classes, 256
+        low, high = (int(value) for value in masks.aminmax())
+        pred_low, pred_high = (int(value) for value in preds.aminmax())
+        if low < 0 or high > 255 or pred_low < 0 or pred_high >= c:
+            self._refuse(preds, masks)
+        dtype = torch.int16 if rows * c < 1 << 15 else torch.int32
+        keys = preds.to(dtype).add_(masks.to(torch.uint8), alpha=c)
+        bins = torch.stack([torch.bincount(key, minlength=rows * c) for key in keys]).view(-1, rows, c)
+        bins[:, self.ignore_index] = 0
+        if high >= c and bins[:, c:].any():
+            self._refuse(preds, masks)
+        self._add(bins[:, :c])
+
+    def _count(self, preds, masks):
+        """On any device: what is ignored or impossible goes to a cell of its own."""
+        c = self.num_classes
+        cells = c * c + 1
+        preds, masks = preds.long(), masks.long()  # a byte would be compared modulo 256
         ignored = masks == self.ignore_index
-        masks = masks.masked_fill(ignored, 0)
-        if masks.is_cuda:
-            ignored, bad = self._bad_ids(preds, masks, ignored)
-        else:
-            bad = 0
-            self._check_ids("preds", preds)
-            self._check_ids("masks", masks)
-        dtype = torch.uint8 if cells <= 256 else torch.int16 if cells <= 32768 else torch.int32
-        keys = masks.to(dtype).mul_(c).add_(preds.to(dtype)).masked_fill_(ignored, cells - 1)
+        wrong = (preds < 0) | (preds >= c) | (~ignored & ((masks < 0) | (masks >= c)))
+        if not masks.is_cuda and wrong.any():
+            self._refuse(preds, masks)
+        keys = torch.add(preds, masks, alpha=c).masked_fill_(ignored | wrong, cells - 1)
+        keys += torch.arange(len(keys), device=keys.device)[:, None] * cells
         if masks.is_cuda:  # bincount would read its maximum back
-            keys = keys.to(torch.int64).add_(torch.arange(pictures, device=keys.device)[:, None] * cells)
-            bins = torch.histc(keys.to(torch.int32), bins=pictures * cells, min=0, max=pictures * cells - 1)
-            bins = bins.view(pictures, cells).to(torch.int64)
+            bins = torch.histc(keys.int(), bins=len(keys) * cells, min=0, max=len(keys) * cells - 1).long()
         else:
-            bins = torch.stack([torch.bincount(key, minlength=cells) for key in keys])
-        self._add(bins[:, :-1].view(pictures, c, c), bad)
+            bins = torch.bincount(keys.flatten(), minlength=len(keys) * cells)
+        self._sums[-1] += wrong.sum()
+        self._add(bins.view(-1, cells)[:, :-1].view(-1, c, c))
 
     def merge(self, other: "ConfusionMatrix"):
         """Add the counts of another matrix over the same classes."""
@@ -172,7 +189,7 @@ class ConfusionMatrix:
             baseline_accuracy=float(most),
         )
 
-    def _add(self, h, bad):
+    def _add(self, h):
         """Add the matrices of N pictures, (N, C, C)."""
         tp = h.diagonal(dim1=1, dim2=2).double()
         both = (h.sum(1) + h.sum(2)).double()  # TP + FP plus TP + FN
@@ -184,20 +201,15 @@ class ConfusionMatrix:
         self._sums[-4] += present.any(1).sum()
         self._sums[-3] += (iou * _FIXED).round().long().sum()
         self._sums[-2] += (dice * _FIXED).round().long().sum()
-        self._sums[-1] += bad
 
-    def _check_ids(self, what, ids):
-        low, high = (int(value) for value in ids.aminmax())
-        if low < 0 or high >= self.num_classes:
-            raise ValueError(
-                f"ConfusionMatrix.update: {what} must be class ids 0..{self.num_classes - 1}"
-                f"{f' or {self.ignore_index}' if what == 'masks' else ''}; got ids from {low} to {high}. "
-                "Map the others to classes or to ignore_index, or build it with more classes."
-            )
-
-    def _bad_ids(self, preds, masks, ignored):
-        bad = (masks < 0) | (masks >= self.num_classes) | (preds < 0) | (preds >= self.num_classes)
-        return ignored | bad, bad.sum()
+    def _refuse(self, preds, masks):
+        known = f"0..{self.num_classes - 1}"
+        kept = masks[masks != self.ignore_index]
+        found = [f"{int(ids.min())} to {int(ids.max())}" if ids.numel() else "none" for ids in (preds, kept)]
+        raise ValueError(
+            f"ConfusionMatrix.update: preds must be class ids {known}, masks {known} or {self.ignore_index}; "
+            f"got preds {found[0]}, masks {found[1]}. Map the others, or build it with more classes."
+        )
 
 
 def predicted_ids(logits: Tensor) -> Tensor:
