@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_FIXED = (
-    1 << 40
-)  # a picture's score is kept as an integer multiple of 2^-40: such sums do not depend on order
+# A picture's score is kept as an integer multiple of 2^-40, so that the sum does not depend on the order.
+_FIXED = 1 << 40
 
 
 @dataclass(frozen=True)

@@ -129,11 +129,12 @@ def test_dtype_and_shape_of_the_ids_do_not_matter(dtype):
     same(matrix.scores(), measured(preds, masks).scores())
 
 
-@pytest.mark.parametrize("classes", [2, 15, 16, 181, 182, 256])
-def test_every_number_of_classes_counts_in_its_own_cells(classes):
+@pytest.mark.parametrize("ignore_index", [-1, 255])
+@pytest.mark.parametrize("classes", [2, 21, 127, 128, 255])
+def test_every_pair_of_classes_counts_in_its_own_cell(classes, ignore_index):
     ids = torch.arange(classes)
     preds, masks = torch.cartesian_prod(ids, ids).T[:, None]  # each pair once
-    matrix = ConfusionMatrix(classes, ignore_index=-1)
+    matrix = ConfusionMatrix(classes, ignore_index=ignore_index)
     for dtype in (torch.int64, torch.uint8):
         matrix.update(preds.to(dtype), masks.to(dtype))
     assert torch.equal(matrix.counts, torch.full((classes, classes), 2))
