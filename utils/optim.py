@@ -193,7 +193,7 @@ class StepLR(Schedule):
 
 
 class PolyLR(Schedule):
-    """(1 - t / T)^poly_power per step, t of the T steps after the warm-up (DeepLab's "poly", Chen et al., 2016).
+    """(1 - t / T)^poly_power per step, t of the T steps after the warm-up: DeepLab's "poly" (Chen, 2016).
 
     The last step has t = T - 1 and so a rate above 0; past the end of the run the rate is 0.
     """
