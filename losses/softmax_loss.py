@@ -239,9 +239,11 @@ class SegmentationLoss(nn.Module):
             logits = logits.contiguous()
         try:
             own = self.denominator(masks).to(dtype)
-            total = (
-                own if denominator is None else torch.as_tensor(denominator, dtype=dtype, device=own.device)
-            )
+            total = own
+            if isinstance(denominator, Tensor):
+                total = denominator.to(own)
+            elif denominator is not None:
+                total = torch.full_like(own, denominator)
             total = torch.where(total > 0, total, 1.0)
             loss, pixel, dice = _SoftmaxLoss.apply(logits, masks, total, own / total, self)
         except (IndexError, RuntimeError) as error:  # torch looks at every label in passing
