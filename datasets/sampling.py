@@ -56,8 +56,8 @@ def evaluation_shard(num_samples: int, rank: int = 0, world_size: int = 1) -> li
 class Loader:
     """Batches of a data set, made here or by worker processes that live from epoch to epoch.
 
-    A worker is told (epoch, index) with each sample and remembers nothing, so the batches are the same for any
-    number of workers and from any step on.
+    A worker is told (epoch, index) with each sample and remembers nothing, so the batches are the same for
+    any number of workers and from any step on.
 
     Args:
         dataset: answers `batch(keys)` and `__getitems__(keys)`.

@@ -1,6 +1,6 @@
 """Image and mask together: fitting to the network's input, and drawing the random moves of training.
 
-All geometry of one sample (flips, scale, window, rotation) is one affine map, so that a picture is resampled
+All geometry of one sample (flips, scale, window, rotation) is one map, so that a picture is resampled
 once and image and mask cannot come apart. Pixel (i, j) covers [i, i+1) x [j, j+1) and maps act on these
 coordinates, which keeps the bilinear image and the nearest-neighbour mask aligned. What lies outside the
 picture is `ignore_index` in the mask and a grey near the mean in the image: about 0 once normalised, as the
@@ -104,20 +104,21 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Move:
-    """What happens to one sample.
+    """What happens to one sample: without a turn, a box of the source is resized to a box of the output.
 
     Attributes:
-        matrix: (2, 3) float64, output (x, y, 1) → source (x, y), in pixels.
-        window: where the move is flips and a window on whole pixels: the window's (top, left) in the source;
-            such a sample is copied, not resampled. None for any other.
+        source: (top, left, height, width) in the source, whole pixels.
+        target: the same in the output; smaller than the output where the source is.
         flips: (upside down, left to right).
+        matrix: where there is a turn, the whole move as (2, 3), output (x, y, 1) → source (x, y); else None.
         colour: factors of (brightness, contrast, saturation), or None.
     """
 
-    matrix: np.ndarray
-    window: tuple[int, int] | None
-    flips: tuple[bool, bool]
-    colour: tuple[float, float, float] | None
+    source: tuple[int, int, int, int]
+    target: tuple[int, int, int, int]
+    flips: tuple[bool, bool] = (False, False)
+    matrix: np.ndarray | None = None
+    colour: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,15 +152,26 @@ class Augmentation:
         flips = bool(u[1] < self.vflip), bool(u[0] < self.hflip)
         low, high = self.scale
         scale = float(low * (high / low) ** u[2])
-        angle = np.deg2rad(self.rotate * (2 * u[3] - 1))
-        size = np.array(output[::-1]) / scale  # of the window in the source, (x, y)
-        corner = u[4:6] * (np.array(source[::-1]) - size)  # within the source, or around a smaller one
-        whole = scale == 1 and angle == 0
-        corner = np.floor(corner + 0.5) if whole else corner
-        matrix = zoom(scale, corner) @ rotation(angle, output) @ flip(flips, output)
+        boxes = [_window(*sides, scale, at) for *sides, at in zip(source, output, (u[5], u[4]), strict=True)]
+        (top, height, to_top, to_height), (left, width, to_left, to_width) = boxes
+        matrix = None
+        if self.rotate:
+            corner = u[4:6] * (np.array(source[::-1]) - np.array(output[::-1]) / scale)
+            turn = rotation(np.deg2rad(self.rotate * (2 * u[3] - 1)), output)
+            matrix = (zoom(scale, corner) @ turn @ flip(flips, output))[:2]
         spread = self.color_jitter
         colour = tuple(float(1 + spread * (2 * value - 1)) for value in u[6:9]) if spread else None
-        return Move(matrix[:2], (int(corner[1]), int(corner[0])) if whole else None, flips, colour)
+        from_box, to_box = (top, left, height, width), (to_top, to_left, to_height, to_width)
+        return Move(from_box, to_box, flips, matrix, colour)
+
+
+def _window(source: int, output: int, scale: float, at: float) -> tuple[int, int, int, int]:
+    """Along one side: start and length of what is seen of the source, and of where it is in the output."""
+    seen = max(1, round(output / scale))
+    if seen <= source:
+        return int(at * (source - seen + 1)), seen, 0, output
+    shown = min(output, max(1, round(source * scale)))
+    return 0, source, int(at * (output - shown + 1)), shown
 
 
 def flip(flips: tuple[bool, bool], output: tuple[int, int]) -> np.ndarray:

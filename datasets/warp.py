@@ -1,7 +1,7 @@
 """Doing what `transforms` drew: image and mask resampled once through the same coordinates, then the colours.
 
-Fast on one thread for one uint8 sample at a time (0.7 ms at 256 x 256): small float copies that stay in the
-cache, channels last into the resampler and planes out of it.
+Fast on one thread for one uint8 sample at a time: bytes are resized as bytes, floats are few and stay in the
+processor's cache. 256 x 256 with zoom, flip and colours: 0.6 ms; turned as well: 0.9 ms.
 """
 
 from functools import lru_cache
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .transforms import OUTSIDE, Move
+from .transforms import OUTSIDE, Move, resize_mask
 
 
 def apply_move(
@@ -26,27 +26,35 @@ def apply_move(
         out_mask: tensor (h, w) to fill.
         ignore_index: the id of what lies outside.
     """
-    if move.window is not None:
-        channels = out_image.permute(1, 2, 0).numpy()
-        _copy_window(image, channels, move, OUTSIDE)
-        _copy_window(mask, out_mask.numpy(), move, ignore_index)
-        if move.colour:
-            out_image.copy_(jitter(out_image.float(), *move.colour))
+    if move.matrix is not None:
+        _turn(image, mask, move, out_image, out_mask, ignore_index)
         return
+    (top, left, height, width), (to_top, to_left, *size) = move.source, move.target
+    seen = slice(top, top + height), slice(left, left + width)
+    shown = slice(to_top, to_top + size[0]), slice(to_left, to_left + size[1])
+    flipped = [axis - 2 for axis in (0, 1) if move.flips[axis]]
+    pixels = torch.from_numpy(image[seen].copy()).permute(2, 0, 1)
+    if size != [height, width]:
+        pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+    pixels = pixels.flip(flipped).contiguous()
+    if tuple(size) != out_mask.shape:
+        out_image.fill_(OUTSIDE)
+        out_mask.fill_(ignore_index)
+    out_image[(slice(None), *shown)] = jitter(pixels.float(), *move.colour) if move.colour else pixels
+    out_mask[shown] = torch.from_numpy(np.flip(resize_mask(mask[seen], size), flipped).copy())
+
+
+def _turn(image: np.ndarray, mask: np.ndarray, move: Move, out_image, out_mask, ignore_index: int) -> None:
+    """Through the move's matrix."""
     image, mask, matrix = _cut(image, mask, move.matrix, out_mask.shape)
     grid = _grid(matrix, mask.shape, tuple(out_mask.shape))
-    pixels = (
-        torch.from_numpy(image.astype(np.float32)).sub_(OUTSIDE).permute(2, 0, 1)[None]
-    )  # what is outside is now 0
-    pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0].add_(
-        OUTSIDE
-    )
+    pixels = torch.from_numpy(image.astype(np.float32)).sub_(OUTSIDE).permute(2, 0, 1)[None]  # outside is 0
+    pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
+    pixels.add_(OUTSIDE)
     out_image.copy_(
         jitter(pixels, *move.colour) if move.colour else pixels.add_(0.5)
-    )  # copying cuts the fraction off
-    ids = torch.from_numpy(mask.astype(np.float32)).sub_(ignore_index)[
-        None, None
-    ]  # whole numbers, exact below 2**24
+    )  # the fraction is cut off
+    ids = torch.from_numpy(mask.astype(np.float32)).sub_(ignore_index)[None, None]  # exact below 2**24
     ids = F.grid_sample(ids, grid, mode="nearest", padding_mode="zeros", align_corners=False)[0, 0]
     out_mask.copy_(ids.add_(ignore_index))
 
@@ -67,17 +75,6 @@ def jitter(pixels: torch.Tensor, brightness: float, contrast: float, saturation:
         )
         return pixels.mul_(gain * saturation).add_(grey.add_(offset)).clamp_(0, 255)
     return pixels.mul_(gain).add_(offset).clamp_(0, 255)
-
-
-def _copy_window(source: np.ndarray, out: np.ndarray, move: Move, fill: int) -> None:
-    """Whole pixels from the window into `out`, flipped; `fill` where the window hangs over."""
-    (top, left), (height, width) = move.window, out.shape[:2]
-    target = out[:: -1 if move.flips[0] else 1, :: -1 if move.flips[1] else 1]
-    y0, x0 = max(0, top), max(0, left)
-    y1, x1 = min(source.shape[0], top + height), min(source.shape[1], left + width)
-    if (y1 - y0, x1 - x0) != (height, width):
-        out[:] = fill
-    target[y0 - top : y1 - top, x0 - left : x1 - left] = source[y0:y1, x0:x1]
 
 
 def _cut(image: np.ndarray, mask: np.ndarray, matrix: np.ndarray, output):

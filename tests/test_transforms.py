@@ -1,5 +1,7 @@
 """Image and mask stay together, and no mask gains a label, whatever the move."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -39,23 +41,25 @@ def random_sizes(trial):
     return tuple(sides[:2]), tuple(sides[2:])
 
 
-def test_a_picture_that_is_its_own_mask_stays_so_under_every_move():
+@pytest.mark.parametrize("rotate", [0, 30])
+def test_a_picture_that_is_its_own_mask_stays_so_under_every_move(rotate):
     """Ramps along both axes: a shift of image against mask of a fraction of a pixel would show."""
+    means = []
     for trial in range(150):
         source, output = (int(60 + trial % 7), int(70 - trial % 5)), (48, 56)
         y, x = np.indices(source)
         for ramp in (x, y):
             mask = (3 * ramp).astype(np.uint8)
             image = np.repeat(mask[..., None], 3, axis=2)
-            move = draw(GEOMETRY, trial, source, output)
+            move = draw(replace(GEOMETRY, rotate=rotate), trial, source, output)
             seen, ids = apply(image, mask, move, output)
             inside = ids != IGNORE
             inside[1:-1, 1:-1] &= inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
             inside[[0, -1]] = inside[:, [0, -1]] = False  # the frame's edge is blended with what is outside
-            error = np.abs(seen[..., 0].astype(int) - ids)[inside]
-            assert error.size == 0 or error.max() <= 2  # nearest lies at most half a pixel off: 1.5, rounded
-            signed = (seen[..., 0].astype(int) - ids)[inside]
-            assert error.size < 200 or abs(signed.mean()) < 0.25
+            error = (seen[..., 0].astype(int) - ids)[inside]
+            assert error.size == 0 or np.abs(error).max() <= 2  # half a pixel is 1.5
+            means += [error.mean()] if error.size > 200 else []
+    assert len(means) > 100 and np.abs(np.median(means)) < 0.1
 
 
 @pytest.mark.parametrize("resize", ["stretch", "letterbox", "crop"])
@@ -73,9 +77,10 @@ def test_a_mask_gains_no_label_but_ignore(resize):
         assert set(np.unique(moved)) <= {*labels.tolist(), IGNORE}
 
 
-def test_what_is_outside_is_ignored_and_filled_and_what_is_inside_is_not():
+@pytest.mark.parametrize("rotate", [0, 1e-9, 20])
+def test_what_is_outside_is_ignored_and_filled_and_what_is_inside_is_not(rotate):
     mask, image = np.zeros((20, 20), np.uint8), np.full((20, 20, 3), 7, np.uint8)
-    move = draw(Augmentation(hflip=0, scale=(0.5, 0.5)), 3, (20, 20), (20, 20))
+    move = draw(Augmentation(hflip=0, scale=(0.5, 0.5), rotate=rotate), 3, (20, 20), (20, 20))
     seen, ids = apply(image, mask, move, (20, 20))
     assert abs((ids == 0).sum() - 100) <= 20 and (ids[ids != 0] == IGNORE).all()
     far = np.abs(seen[..., 0].astype(int) - OUTSIDE) <= 1
@@ -86,24 +91,20 @@ def test_moves_agree_with_doing_them_by_hand():
     rng = np.random.default_rng(1)
     image, mask = rng.integers(0, 256, (6, 8, 3), np.uint8), rng.integers(0, 9, (6, 8)).astype(np.uint8)
     shape = mask.shape
-    same = Augmentation(hflip=0).draw(generator_for(0, 0, 0), shape, shape)
-    left_right = Augmentation(hflip=1).draw(generator_for(0, 0, 0), shape, shape)
-    upside_down = Augmentation(hflip=0, vflip=1).draw(generator_for(0, 0, 0), shape, shape)
-    for move, axes in ((same, ()), (left_right, (1,)), (upside_down, (0,))):
-        exact = apply(image, mask, move, shape)
-        resampled = apply(image, mask, Move(move.matrix, None, move.flips, None), shape)
-        for seen, ids in (exact, resampled):
+    box = (0, 0, *shape)
+    for flips, axes in (((False, False), ()), ((False, True), 1), ((True, False), 0), ((True, True), (0, 1))):
+        for matrix in (None, flip(flips, shape)[:2]):
+            seen, ids = apply(image, mask, Move(box, box, flips, matrix), shape)
             assert np.array_equal(seen, np.flip(image, axes)) and np.array_equal(ids, np.flip(mask, axes))
-    quarter = Move(
-        (zoom(1, (0, 0)) @ rotation(np.pi / 2, (7, 7)) @ flip((False, False), (7, 7)))[:2], None, (), None
-    )
     square = rng.integers(0, 9, (7, 7)).astype(np.uint8)
+    quarter = Move((), (), matrix=rotation(np.pi / 2, (7, 7))[:2])
     assert np.array_equal(apply(np.zeros((7, 7, 3), np.uint8), square, quarter, (7, 7))[1], np.rot90(square))
 
 
-def test_zoom_by_two_shows_every_pixel_of_its_window_four_times():
+@pytest.mark.parametrize("matrix", [None, zoom(2, (1, 2))[:2]], ids=["boxes", "matrix"])
+def test_zoom_by_two_shows_every_pixel_of_its_window_four_times(matrix):
     mask = np.arange(36, dtype=np.uint8).reshape(6, 6)
-    move = Move(zoom(2, (1, 2))[:2], None, (False, False), None)
+    move = Move((2, 1, 3, 4), (0, 0, 6, 8), matrix=matrix)
     _, ids = apply(np.zeros((6, 6, 3), np.uint8), mask, move, (6, 8))
     assert np.array_equal(ids, mask[2:5, 1:5].repeat(2, 0).repeat(2, 1))
 
@@ -182,8 +183,8 @@ def test_jitter_of_nothing_changes_nothing_and_grey_stays_grey():
 def test_turning_one_move_on_leaves_the_draws_of_the_others_alone():
     for trial in range(40):
         plain = draw(Augmentation(scale=(0.5, 2)), trial, (30, 30), (20, 20))
-        turned = draw(Augmentation(scale=(0.5, 2), color_jitter=0.2, vflip=0.0), trial, (30, 30), (20, 20))
-        assert np.array_equal(plain.matrix, turned.matrix)
+        turned = draw(Augmentation(scale=(0.5, 2), color_jitter=0.2, rotate=9), trial, (30, 30), (20, 20))
+        assert (plain.source, plain.target, plain.flips) == (turned.source, turned.target, turned.flips)
 
 
 def test_generators_differ_by_seed_epoch_and_index_and_repeat():
