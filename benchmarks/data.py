@@ -2,11 +2,11 @@
 
     python benchmarks/data.py --data DATA_ROOT --num_classes 11 --ignore_index 11 --json out.json
 
-DATA_ROOT/{train,val}/{images,masks} is read as it is and, with --photos, also as 1920 x 1440 JPEG photos
-(quality 90) with PNG masks, made from the first of its pictures. Every pipeline does the same: random zoom 0.5 to
-2, window of --size, flip, brightness, contrast and saturation by 0.3, normalisation, batches of 16. Ours runs in
-this process on --threads threads, once decoding everything ("first pass") and once from its cache ("later
-passes"); the others run in this process and in as many loader workers. albumentations is optional.
+DATA_ROOT/{train,val}/{images,masks} is read as it is and, with --photos, also as 1920 x 1440 JPEG photos of
+quality 90 with PNG masks, made from the first of its pictures. Every pipeline does the same: random zoom 0.5
+to 2, window of --size, flip, brightness, contrast and saturation by 0.3, normalisation, batches of 16. Ours
+runs in this process on --threads threads, once decoding everything (first pass) and once from its cache
+(later passes); the others run in this process and in as many loader workers. albumentations is optional.
 """
 
 import argparse
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import Augmentation, check_data, mean_std
 from datasets.folder import SegmentationDataset
+from utils.device import keep_freed_memory
 
 BATCH = 16
 ZOOM, JITTER = (0.5, 2.0), 0.3
@@ -171,6 +172,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as training does
     known = dict(num_classes=args.num_classes, ignore_index=args.ignore_index)
     report = check_data(args.data, **known)
     results = {"machine": machine("torchvision", "Pillow", "numpy", "albumentations"), "settings": vars(args)}

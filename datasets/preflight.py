@@ -3,10 +3,10 @@
 What was learned of a file is kept by path, size and time, so that the next start only looks at what changed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -85,9 +85,10 @@ class DataReport:
         present = shares["train"][shares["train"] > 0]
         if len(present) > 1 and present.max() > 20 * present.min():
             rare = self.class_names[int(np.argmin(np.where(shares["train"] > 0, shares["train"], 2)))]
+            times = f"{present.max() / present.min():.0f} times"
             lines.append(
-                f"hint: the commonest class has {present.max() / present.min():.0f} times the pixels of {rare}; "
-                "loss joint or weighted_ce, or class_weights auto, help rare classes"
+                f"hint: the commonest class has {times} the pixels of {rare}; loss joint or weighted_ce, or "
+                "class_weights auto, help rare classes"
             )
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
@@ -371,15 +372,14 @@ def _remember(memory: Path | None, entries: dict) -> None:
     """Write aside, then rename; without room or right to write, the next start only takes longer."""
     if memory is None:
         return
+    aside = memory.with_name(f".{memory.name}.{os.getpid()}")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=memory.parent, prefix=".", delete=False, encoding="utf-8"
-        ) as file:
-            json.dump(entries, file, separators=(",", ":"))
-        os.replace(file.name, memory)
+        aside.write_text(json.dumps(entries, separators=(",", ":")), encoding="utf-8")
+        os.replace(aside, memory)
     except OSError:
-        return
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def _scan_image(file: Path, in_channels: int) -> dict:
@@ -530,8 +530,8 @@ def _rotation_warning(good: dict, found: dict) -> list[str]:
     if not hidden:
         return []
     return [
-        f"{len(hidden)} pictures carry an EXIF rotation that their size does not show ({hidden[0].name}, ...); they "
-        "are turned as viewers show them, and their masks must be drawn so"
+        f"{len(hidden)} pictures carry an EXIF rotation that sizes do not show ({hidden[0].name}, ...); "
+        "they are turned as viewers show them, and their masks must be drawn so"
     ]
 
 

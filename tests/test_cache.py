@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_datasets import INDICES, equal, make_pairs, save
 
 from datasets import Augmentation, Encoding, cache
 from datasets.cache import SampleCache, open_cache
 from datasets.folder import SegmentationDataset
-from test_datasets import INDICES, equal, make_pairs, save
 
 SIZES = [(40, 50), (30, 61), (64, 48), (33, 33)]
 KEYS = [(epoch, index) for epoch in (0, 1) for index in range(4)]

@@ -285,10 +285,10 @@ def test_workers_ignore_interrupts_and_live_on_between_epochs(tmp_path):
 def test_workers_that_are_spawned_make_the_same_batches(tmp_path):
     dataset = make_dataset(tmp_path)
     dataset.use_cache("ram", None)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=[[(0, 1), (0, 2)]], num_workers=1, collate_fn=_same, multiprocessing_context="spawn"
-    )  # fmt: skip
-    assert equal(next(iter(loader)), dataset.batch([(0, 1), (0, 2)]))
+    keys = [(0, 1), (0, 2)]
+    how = {"num_workers": 1, "collate_fn": _same, "multiprocessing_context": "spawn"}
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[keys], **how)
+    assert equal(next(iter(loader)), dataset.batch(keys))
 
 
 def _same(batch):
