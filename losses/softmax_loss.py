@@ -109,12 +109,13 @@ class _SoftmaxLoss(torch.autograd.Function):
                     pixels += _sum_by_label(valid, labels, c)
                     mass += _sum_over_pixels(logp.exp_(), valid)
             pixel /= total
-            d = (2 * overlap + spec.smooth) / (mass + pixels + spec.smooth)
+            below = (mass + pixels + spec.smooth).clamp(min=1e-12)  # 0 for an absent class without smoothing
+            d = (2 * overlap + spec.smooth) / below
             present = (pixels > 0).to(dtype)
             each = present * share / present.sum().clamp(min=1)  # each present class's part of the Dice term
             dice = ((1 - d) * each).sum()
-            to_overlap = -2 / (mass + pixels + spec.smooth) * each * spec.dice_share
-            to_mass = d / (mass + pixels + spec.smooth) * each * spec.dice_share
+            to_overlap = -2 / below * each * spec.dice_share
+            to_mass = d / below * each * spec.dice_share
             loss = spec.pixel_share * pixel + spec.dice_share * dice
         ctx.spec = spec
         ctx.save_for_backward(logits, masks, log_py, log_sum, to_overlap, to_mass, spec.pixel_share / total)

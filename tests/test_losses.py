@@ -12,6 +12,7 @@ FORMS = {  # every loss, and joint over each form of cross entropy
     "weighted_ce": ("weighted_ce", {"class_weights": WEIGHTS}),
     "focal": ("focal", {"class_weights": WEIGHTS, "focal_gamma": 1.5}),
     "dice": ("dice", {}),
+    "dice without smoothing": ("dice", {"dice_smooth": 0.0}),
     "joint": ("joint", {"dice_weight": 0.3}),
     "joint over weighted_ce": ("joint", {"joint_ce": "weighted_ce", "class_weights": WEIGHTS}),
     "joint over focal": ("joint", {"joint_ce": "focal", "class_weights": WEIGHTS}),
