@@ -8,7 +8,8 @@ here needs numpy and Pillow only; what makes tensors is imported from `datasets.
 """
 
 from .labels import Encoding, parse_labels
-from .preflight import DataReport, Pair, check_data, pair_truth
+from .pairing import Pair, pair_truth
+from .preflight import DataReport, check_data
 from .reading import DataError, find_images, read_image, read_mask
 from .transforms import Augmentation, Box, fit, mean_std
 

@@ -12,7 +12,7 @@ from torch.utils.data import get_worker_info
 
 from .cache import open_cache
 from .labels import Encoding
-from .preflight import Pair
+from .pairing import Pair
 from .reading import DataError, load_image, load_mask
 from .transforms import Augmentation, Box, fit, fit_mask, generator_for, place
 from .warp import apply_move

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,26 +27,13 @@ from .labels import (
     parse_labels,
     raw_name,
 )
-from .reading import SUFFIXES, DataError, is_hidden, list_pictures, load_image, load_mask
+from .pairing import Pair, Problems, pair_split
+from .reading import DataError, load_image, load_mask
 
 SPLITS = ("train", "val")
 VERSION = 1  # of what is remembered of a file; raise it when reading or counting changes
-SHOWN = 5  # problems of one kind that are listed; the rest are counted
 MANY_STRAYS = 8  # a mask with more values outside the classes is taken for a lossy one
-MOST_KEYS = (
-    4096  # raw values remembered of one mask; a mask with more is lossy, and then the commonest tell enough
-)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One picture and its mask; `height` and `width` of the picture, EXIF applied."""
-
-    image: Path
-    mask: Path
-    height: int
-    width: int
-    stamp: tuple = ()  # (size, mtime_ns) of both files: what a cached sample is known by
+MOST_KEYS = 4096  # raw values remembered of one mask; one with more is lossy, and the commonest tell enough
 
 
 @dataclass
@@ -94,34 +81,6 @@ class DataReport:
         return "\n".join(lines)
 
 
-class Problems:
-    """Everything wrong, in the order found, grouped by kind."""
-
-    def __init__(self):
-        self.rows: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
-
-    def add(self, kind: str, file, finding: str, remedy: str) -> None:
-        """Note one problem."""
-        self.rows[kind].append((str(file), finding, remedy))
-
-    def raise_any(self, root: Path) -> None:
-        """Raise one DataError that lists all; do nothing where there are none."""
-        if not self.rows:
-            return
-        count = sum(map(len, self.rows.values()))
-        lines = [f"{root}: {count} problem{'s' if count > 1 else ''} found; nothing was trained or written."]
-        for kind, rows in self.rows.items():
-            lines.append(f"{kind} ({len(rows)}):")
-            shown = rows[:SHOWN]
-            wide = [min(60, max(len(row[i]) for row in shown)) for i in (0, 1)]
-            lines += [
-                f"  {file:{wide[0]}} | {finding:{wide[1]}} | {remedy}" for file, finding, remedy in shown
-            ]
-            if len(rows) > SHOWN:
-                lines.append(f"  ... and {len(rows) - SHOWN} more of this kind")
-        raise DataError("\n".join(lines))
-
-
 def check_data(
     root,
     *,
@@ -157,136 +116,42 @@ def check_data(
     """
     wanted = parse_labels(labels)
     root = Path(root).expanduser()
-    problems, warnings = Problems(), []
-    pairs = {split: _pair_split(root, split, mask_suffix, problems, warnings) for split in SPLITS}
-    files = [
-        file for split in SPLITS for pair in pairs[split] for file in pair
-    ]  # picture, mask, picture, ...
+    problems, warnings = Problems(root), []
+    pairs = {split: pair_split(root / split, mask_suffix, problems, warnings) for split in SPLITS}
     snap_to = _snap_colours(wanted, class_colors)
-    found = _scan_all(files, root, in_channels, snap_to, num_workers, cache_dir, progress)
-    good = {split: _check_pairs(root, pairs[split], found, problems) for split in SPLITS}
+    found = _scan_all(pairs, root, in_channels, snap_to, num_workers, cache_dir, progress)
+    good = {split: _check_pairs(pairs[split], found, problems) for split in SPLITS}
     stats = {mask: _stats(found[mask]) for split in SPLITS for _, mask in good[split]}
     if not stats:
-        problems.raise_any(root)
+        problems.raise_any()
     try:
         encoding, more = choose_encoding(
             list(stats.values()), num_classes, ignore_index, wanted, class_colors
         )
     except ValueError as error:
-        problems.add("mask values", root, str(error), "see there")
-        problems.raise_any(root)
-    warnings += more
+        problems.add("mask values", root, str(error), "as said")
+        problems.raise_any()
     names = list(class_names) if class_names else [f"class {i}" for i in range(num_classes)]
     totals, image_pixels = {}, np.zeros(num_classes, np.int64)
-    _check_lossy(root, stats, encoding, problems)
     for split in SPLITS:
-        totals[split] = np.zeros(num_classes, np.int64)
-        for _, mask in good[split]:
-            counts = _count_classes(root, mask, stats[mask], encoding, problems)
-            totals[split] += counts
-            if split == "train":
-                image_pixels += np.where(counts > 0, counts.sum(), 0)
-    problems.raise_any(root)
-    for split in SPLITS:
+        counts = [_count_classes(mask, stats[mask], encoding, problems) for _, mask in good[split]]
+        totals[split] = np.sum(counts, axis=0) if counts else np.zeros(num_classes, np.int64)
+        if split == "train":
+            image_pixels = sum((np.where(count > 0, count.sum(), 0) for count in counts), image_pixels)
+    problems.raise_any()
+    for split, does in zip(SPLITS, ("learned", "scored"), strict=True):
         absent = [names[i] for i in np.flatnonzero(totals[split] == 0)]
         if absent:
-            does = "cannot be learned" if split == "train" else "cannot be scored"
-            warnings.append(f"{split}: no pixel of {', '.join(absent)}; what never occurs {does}")
-    warnings += _leaks(root, good, found) + _rotation_warning(good, found)
-    report_pairs = {split: [_pair(image, mask, found) for image, mask in good[split]] for split in SPLITS}
+            more.append(f"{split}: no pixel of {', '.join(absent)}; what never occurs cannot be {does}")
     return DataReport(
-        train=report_pairs["train"],
-        val=report_pairs["val"],
+        *([_pair(image, mask, found) for image, mask in good[split]] for split in SPLITS),
         encoding=encoding,
         class_pixels=totals,
         class_image_pixels=image_pixels,
         fingerprint=_fingerprint(root, good, found, encoding),
-        warnings=warnings,
+        warnings=warnings + more + _leaks(root, good, found) + _hidden_turns(good, found),
         class_names=names,
     )
-
-
-def pair_truth(images: list[Path], truth_folder, mask_suffix: str, encoding: Encoding) -> list[Path]:
-    """The mask of each picture in `truth_folder`, by stem, for scoring predictions.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        DataError: pictures without a mask, or with two, or a mask that is unreadable or not of `encoding`;
-            lists all.
-    """
-    folder, problems = Path(truth_folder).expanduser(), Problems()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder. Give truth the folder of masks.")
-    masks = _by_stem(folder, list_pictures(folder), problems, "two masks of one picture")
-    for image in images:
-        if image.stem + mask_suffix not in masks:
-            problems.add(
-                "no mask", image, f"no {image.stem}{mask_suffix}.* in {folder}", "add it, or leave truth out"
-            )
-    problems.raise_any(folder)
-    chosen = [masks[image.stem + mask_suffix] for image in images]
-    for mask in chosen:
-        try:
-            encoding.encode(load_mask(mask, encoding.as_colours)[0])
-        except ValueError as error:
-            problems.add(
-                "mask", mask, str(error).removeprefix(f"{mask}: "), "score masks of the training's encoding"
-            )
-    problems.raise_any(folder)
-    return chosen
-
-
-def _pair_split(root: Path, split: str, mask_suffix: str, problems: Problems, warnings: list) -> list[tuple]:
-    """Pictures and masks of one split, paired by stem."""
-    folders = [root / split / "images", root / split / "masks"]
-    missing = [folder for folder in folders if not folder.is_dir()]
-    for folder in missing:
-        problems.add(
-            "no such folder", folder, "is not a folder", "the layout is data_root/{train,val}/{images,masks}"
-        )
-    if missing:
-        return []
-    listed = [list_pictures(folder) for folder in folders]
-    for folder, files in zip(folders, listed, strict=True):
-        others = [
-            path.name
-            for path in folder.iterdir()
-            if not is_hidden(path) and path.suffix.lower() not in SUFFIXES
-        ]
-        if others:
-            some = ", ".join(sorted(others)[:3])
-            warnings.append(f"{folder}: {len(others)} entries are no pictures and are left out ({some})")
-        if not files:
-            problems.add("empty", folder, "holds no picture", f"put {' '.join(SUFFIXES)} files there")
-    images = _by_stem(root, listed[0], problems, "two pictures of one name")
-    masks = _by_stem(root, listed[1], problems, "two masks of one name")
-    wanted = {stem + mask_suffix: path for stem, path in images.items()}
-    for stem in [stem for stem in wanted if stem not in masks]:
-        name = wanted[stem].relative_to(root)
-        problems.add("no mask", name, f"no {split}/masks/{stem}.*", "add the mask, or remove the picture")
-    for stem in [stem for stem in masks if stem not in wanted]:
-        hint = f"no {split}/images/{stem.removesuffix(mask_suffix) if mask_suffix else stem}.*"
-        lone = next((image for image in images if stem.startswith(image) and stem != image), None)
-        remedy = (
-            f"set mask_suffix to '{stem.removeprefix(lone)}'"
-            if lone
-            else "add the picture, or remove the mask"
-        )
-        problems.add("no picture", masks[stem].relative_to(root), hint, remedy)
-    return [(wanted[stem], masks[stem]) for stem in wanted if stem in masks]
-
-
-def _by_stem(root: Path, files: list[Path], problems: Problems, kind: str) -> dict[str, Path]:
-    """Files by stem; a second file of a stem is a problem, not a choice."""
-    stems: dict[str, Path] = {}
-    for path in files:
-        if path.stem in stems:
-            problems.add(
-                kind, path.relative_to(root), f"{stems[path.stem].name} has the same stem", "keep one of them"
-            )
-        else:
-            stems[path.stem] = path
-    return stems
 
 
 def _snap_colours(wanted: LabelMap, class_colors) -> list[int]:
@@ -295,7 +160,7 @@ def _snap_colours(wanted: LabelMap, class_colors) -> list[int]:
     return declared + [pack_one(colour) for colour in class_colors or []] if wanted.snap else []
 
 
-def _scan_all(files, root, in_channels, snap_to, num_workers, cache_dir, progress) -> dict:
+def _scan_all(pairs, root, in_channels, snap_to, num_workers, cache_dir, progress) -> dict[Path, dict]:
     """What there is to know of each file, from memory where size and time are as they were."""
     setup = json.dumps([VERSION, str(root.resolve()), in_channels, snap_to])
     memory = (
@@ -303,18 +168,18 @@ def _scan_all(files, root, in_channels, snap_to, num_workers, cache_dir, progres
         if cache_dir
         else None
     )
-    known = _recall(memory)
-    stamps = {file: _stamp(file) for file in files}
+    masks = {mask for split in SPLITS for _, mask in pairs[split]}
+    files = [file for split in SPLITS for pair in pairs[split] for file in pair]
     names = {file: os.path.relpath(file, root) for file in files}
+    stamps = {file: _stamp(file) for file in files}
+    known = _recall(memory)
     found = {}
-    for file in files:
-        entry = known.get(names[file])
-        if entry and stamps[file] and entry["stamp"] == stamps[file]:
-            found[file] = entry
+    for file, name in names.items():
+        if name in known and known[name]["stamp"] == stamps[file]:
+            found[file] = known[name]
     todo = [file for file in files if file not in found]
-    masks = {file for i, file in enumerate(files) if i % 2}
 
-    def scan(file):
+    def scan(file: Path) -> tuple[Path, dict]:
         try:
             seen = _scan_mask(file, snap_to) if file in masks else _scan_image(file, in_channels)
         except DataError as error:
@@ -326,8 +191,7 @@ def _scan_all(files, root, in_channels, snap_to, num_workers, cache_dir, progres
     if todo:
         with ThreadPoolExecutor(num_workers or _cores()) as pool:
             results = _bounded_map(pool, scan, todo)
-            for file, entry in progress(results, len(todo), "checking data") if progress else results:
-                found[file] = entry
+            found.update(progress(results, len(todo), "checking data") if progress else results)
         _remember(memory, {names[file]: entry for file, entry in found.items() if "error" not in entry})
     return found
 
@@ -434,76 +298,65 @@ def _stats(seen: dict) -> MaskStats:
     return MaskStats(seen["kind"], seen["keys"], seen["counts"], seen.get("colours"), seen["lossy"])
 
 
-def _check_pairs(root: Path, pairs, found: dict, problems: Problems) -> list[tuple]:
+def _check_pairs(pairs: list, found: dict, problems: Problems) -> list[tuple[Path, Path]]:
     """The pairs whose files are readable and of one size."""
     good = []
     for image, mask in pairs:
         broken = [file for file in (image, mask) if "error" in found[file]]
         for file in broken:
-            problems.add(
-                "unreadable", file.relative_to(root), found[file]["error"], "mend or remove it with its pair"
-            )
+            problems.add("unreadable", file, found[file]["error"], "mend or remove it with its pair")
         if broken:
             continue
-        a, b = found[image], found[mask]
-        if (a["height"], a["width"]) != (b["height"], b["width"]):
-            finding = f"mask is {b['height']} x {b['width']}, picture {a['height']} x {a['width']}"
-            remedy = "make them one size"
-            if (a["height"], a["width"]) == (b["width"], b["height"]):
-                turned = a["orientation"] >= 5
-                finding += " after its EXIF tag turned it" if turned else ": one of them is turned"
-                remedy = "turn the mask as viewers show the picture" if turned else "turn one of them"
-            problems.add("sizes differ", mask.relative_to(root), finding, remedy)
+        size, other = ((found[file]["height"], found[file]["width"]) for file in (image, mask))
+        if size == other:
+            good.append((image, mask))
             continue
-        good.append((image, mask))
+        finding, remedy = f"mask {other[0]} x {other[1]}, picture {size[0]} x {size[1]}", "make them one size"
+        if size == other[::-1]:
+            by_tag = found[image]["orientation"] >= 5
+            finding += ", which its EXIF tag turned" if by_tag else ": one of them is turned"
+            remedy = "turn the mask as viewers show the picture" if by_tag else "turn one of them"
+        problems.add("sizes differ", mask, finding, remedy)
     return good
 
 
-def _check_lossy(root: Path, stats: dict, encoding: Encoding, problems: Problems) -> None:
-    """Class ids in a JPEG lie too close together for damage to be seen."""
-    for mask, seen in stats.items():
-        if seen.lossy and encoding.kind == "indices":
-            finding = "is a JPEG, which alters class ids unseen"
-            problems.add("lossy masks", mask.relative_to(root), finding, "export the masks again as PNG")
-
-
-def _count_classes(
-    root: Path, mask: Path, seen: MaskStats, encoding: Encoding, problems: Problems
-) -> np.ndarray:
+def _count_classes(mask: Path, seen: MaskStats, encoding: Encoding, problems: Problems) -> np.ndarray:
     """Pixels of each class in one mask; what has no class, or nothing but ignored pixels, is a problem."""
     counts = np.zeros(encoding.num_classes, np.int64)
-    name = mask.relative_to(root)
     keys, pixels = np.array(seen.read_as(encoding.as_colours), np.int64), np.array(seen.counts, np.int64)
     positions = encoding.lookup(keys)
     unknown = positions == UNKNOWN
-    if unknown.any():
-        order = np.argsort(-pixels[unknown], kind="stable")
-        strays, sizes = keys[unknown][order], pixels[unknown][order]
-        share = f"{sizes.sum() / pixels.sum():.2%} of pixels"
-        if seen.lossy or len(strays) > MANY_STRAYS:
-            near = dict.fromkeys(
-                raw_name(encoding.nearest(raw), encoding.as_colours) for raw in strays[:64].tolist()
-            )
-            finding = (
-                f"{len(strays)} stray values, {share}, near {', '.join(list(near)[:4])}: JPEG or smoothing"
-            )
-            problems.add(
-                "lossy masks", name, finding, "export as PNG without smoothing, or set labels to snap"
-            )
-        else:
-            finding = f"{encoding.name_strays(list(zip(strays, sizes, strict=True)))}, {share}"
-            first = raw_name(int(strays[0]), encoding.as_colours)
-            remedy = f"mend the mask, or name it in labels ('{first}=ignore')"
-            problems.add("values outside the classes", name, finding, remedy)
-        return counts
-    ids = np.array([id_ for _, id_ in encoding.table])[positions]
-    valid = ids != encoding.ignore_index
-    np.add.at(counts, ids[valid], pixels[valid])
-    if not counts.any():
+    if seen.lossy and encoding.kind == "indices":  # ids lie too close together for damage to be seen
         problems.add(
-            "nothing to learn", name, "every pixel is ignored", "remove the pair, or check ignore_index"
+            "lossy masks", mask, "is a JPEG, which alters class ids unseen", "export it again as PNG"
         )
+    elif unknown.any():
+        _explain_strays(mask, keys[unknown], pixels[unknown], pixels.sum(), seen.lossy, encoding, problems)
+    else:
+        ids = np.array([id_ for _, id_ in encoding.table])[positions]
+        valid = ids != encoding.ignore_index
+        np.add.at(counts, ids[valid], pixels[valid])
+        if not counts.any():
+            problems.add(
+                "nothing to learn", mask, "all pixels are ignored", "remove the pair, or check ignore_index"
+            )
     return counts
+
+
+def _explain_strays(
+    mask: Path, strays, pixels, total, lossy: bool, encoding: Encoding, problems: Problems
+) -> None:
+    """Values outside the classes: a class that nobody named, or the traces of JPEG and smoothing."""
+    order = np.argsort(-pixels, kind="stable")
+    strays, pixels, share = strays[order].tolist(), pixels[order], f"{pixels.sum() / total:.2%} of pixels"
+    if lossy or len(strays) > MANY_STRAYS:
+        near = dict.fromkeys(raw_name(encoding.nearest(raw), encoding.as_colours) for raw in strays[:64])
+        finding = f"{len(strays)} stray values, {share}, near {', '.join([*near][:4])}: JPEG or smoothing"
+        problems.add("lossy masks", mask, finding, "export as PNG without smoothing, or set labels to snap")
+        return
+    finding = f"{encoding.name_strays(list(zip(strays, pixels, strict=True)))}, {share}"
+    remedy = f"mend it, or name it in labels ('{raw_name(strays[0], encoding.as_colours)}=ignore')"
+    problems.add("values outside the classes", mask, finding, remedy)
 
 
 def _leaks(root: Path, good: dict, found: dict) -> list[str]:
@@ -520,18 +373,16 @@ def _leaks(root: Path, good: dict, found: dict) -> list[str]:
     return [f"{len(both)} pictures are in train and val ({first} is {second}, ...); scores will be too good"]
 
 
-def _rotation_warning(good: dict, found: dict) -> list[str]:
+def _hidden_turns(good: dict, found: dict) -> list[str]:
+    """Pictures that EXIF turns without a change of size, so that a mask drawn the other way goes unseen."""
     turned = [image for split in SPLITS for image, _ in good[split] if found[image]["orientation"] != 1]
-    hidden = [
-        image
-        for image in turned
-        if found[image]["orientation"] < 5 or found[image]["height"] == found[image]["width"]
-    ]
+    square = [image for image in turned if found[image]["height"] == found[image]["width"]]
+    hidden = square + [image for image in turned if found[image]["orientation"] < 5 and image not in square]
     if not hidden:
         return []
     return [
-        f"{len(hidden)} pictures carry an EXIF rotation that sizes do not show ({hidden[0].name}, ...); "
-        "they are turned as viewers show them, and their masks must be drawn so"
+        f"{len(hidden)} pictures carry an EXIF rotation that sizes do not show ({hidden[0].name}, ...); they "
+        "are turned as viewers show them, and their masks must be drawn so"
     ]
 
 

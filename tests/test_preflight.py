@@ -190,7 +190,7 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {},
         ["val/masks/p1.png", "7 ("],
     ),
-    "nothing but ignored": (only_ignored, {}, ["train/masks/p1.png", "every pixel is ignored"]),
+    "nothing but ignored": (only_ignored, {}, ["train/masks/p1.png", "all pixels are ignored"]),
     "ids from 1": (lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", i + 1)), {}, ["1=0,2=1,3=2"]),
     "0/255, three classes": (
         lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", (i > 0) * 255)),

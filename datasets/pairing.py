@@ -1,0 +1,131 @@
+"""Which mask belongs to which picture: by the name before the dot, across file types; never by a pattern."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from .labels import Encoding
+from .reading import SUFFIXES, DataError, is_hidden, list_pictures, load_mask
+
+SHOWN = 5  # problems of one kind that are listed; the rest are counted
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One picture and its mask; `height` and `width` of the picture, EXIF applied."""
+
+    image: Path
+    mask: Path
+    height: int
+    width: int
+    stamp: tuple = ()  # (size, mtime_ns) of both files: what a cached sample is known by
+
+
+class Problems:
+    """Everything wrong below a folder, in the order found, grouped by kind."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.rows: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
+
+    def add(self, kind: str, file: Path, finding: str, remedy: str) -> None:
+        """Note one problem."""
+        inside = file != self.root and file.is_relative_to(self.root)
+        self.rows[kind].append((str(file.relative_to(self.root) if inside else file), finding, remedy))
+
+    def raise_any(self) -> None:
+        """Raise one DataError that lists all; do nothing where there are none."""
+        if not self.rows:
+            return
+        count = sum(map(len, self.rows.values()))
+        lines = [f"{self.root}: {count} problem{'s' * (count > 1)} found; nothing was trained or written."]
+        for kind, rows in self.rows.items():
+            shown = rows[:SHOWN]
+            name, found = (min(60, max(len(row[i]) for row in shown)) for i in (0, 1))
+            lines.append(f"{kind} ({len(rows)}):")
+            lines += [f"  {row[0]:{name}} | {row[1]:{found}} | {row[2]}" for row in shown]
+            if len(rows) > SHOWN:
+                lines.append(f"  ... and {len(rows) - SHOWN} more of this kind")
+        raise DataError("\n".join(lines))
+
+
+def pair_split(
+    folder: Path, mask_suffix: str, problems: Problems, warnings: list[str]
+) -> list[tuple[Path, Path]]:
+    """(picture, mask) of all that `folder`/images and `folder`/masks hold."""
+    images_folder, masks_folder = folder / "images", folder / "masks"
+    files = {}
+    for each in (images_folder, masks_folder):
+        if not each.is_dir():
+            layout = "the layout is data_root/{train,val}/{images,masks}"
+            problems.add("no such folder", each, "is not a folder", layout)
+            continue
+        files[each] = list_pictures(each)
+        if not files[each]:
+            problems.add("empty", each, "holds no picture", f"put {' '.join(SUFFIXES)} files there")
+        names = [path.name for path in each.iterdir() if not is_hidden(path)]
+        others = sorted(name for name in names if Path(name).suffix.lower() not in SUFFIXES)
+        if others:
+            warnings.append(f"{each}: left out {len(others)} entries that are no pictures ({others[0]}, ...)")
+    if len(files) < 2:
+        return []
+    images = _by_stem(files[images_folder], problems, "two pictures of one name")
+    masks = _by_stem(files[masks_folder], problems, "two masks of one name")
+    wanted = {stem + mask_suffix: path for stem, path in images.items()}
+    suffix = _likely_suffix(images, masks, wanted)
+    hint = f"set mask_suffix to '{suffix}'" if suffix is not None else ""
+    for stem in [stem for stem in wanted if stem not in masks]:
+        problems.add(
+            "no mask", wanted[stem], f"no masks/{stem}.*", hint or "add the mask, or remove the picture"
+        )
+    for stem in [stem for stem in masks if stem not in wanted]:
+        lacks = f"no images/{stem.removesuffix(mask_suffix)}.*"
+        problems.add("no picture", masks[stem], lacks, hint or "add the picture, or remove the mask")
+    return [(wanted[stem], masks[stem]) for stem in wanted if stem in masks]
+
+
+def pair_truth(images: list[Path], truth_folder, mask_suffix: str, encoding: Encoding) -> list[Path]:
+    """The mask of each picture in `truth_folder`, by stem, for scoring predictions.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        DataError: lists all pictures without a mask or with two, all masks unreadable or not of `encoding`.
+    """
+    folder = Path(truth_folder).expanduser()
+    problems = Problems(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder. Give truth the folder of masks.")
+    masks = _by_stem(list_pictures(folder), problems, "two masks of one picture")
+    for stem, image in ((image.stem + mask_suffix, image) for image in images):
+        if stem not in masks:
+            problems.add("no mask", image, f"no {stem}.* in {folder}", "add it, or leave truth out")
+    problems.raise_any()
+    chosen = [masks[image.stem + mask_suffix] for image in images]
+    for mask in chosen:
+        try:
+            encoding.encode(load_mask(mask, encoding.as_colours)[0])
+        except ValueError as error:
+            finding = str(error).removeprefix(f"{mask}: ")
+            problems.add("mask", mask, finding, "give masks that are encoded as the training's were")
+    problems.raise_any()
+    return chosen
+
+
+def _by_stem(files: list[Path], problems: Problems, kind: str) -> dict[str, Path]:
+    """Files by stem; a second file of a stem is a problem, not a choice."""
+    stems: dict[str, Path] = {}
+    for path in files:
+        if path.stem in stems:
+            problems.add(kind, path, f"{stems[path.stem].name} has the same stem", "keep one of them")
+        stems.setdefault(path.stem, path)
+    return stems
+
+
+def _likely_suffix(images: dict, masks: dict, wanted: dict) -> str | None:
+    """The mask_suffix that would pair most pictures, judged by the first mask that found none."""
+    lone = next((stem for stem in masks if stem not in wanted), "")
+    for cut in range(1, len(lone) + 1):
+        suffix = lone[cut:]
+        if lone[:cut] in images and 2 * sum(stem + suffix in masks for stem in images) > len(images):
+            return suffix
+    return None
