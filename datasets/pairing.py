@@ -38,7 +38,7 @@ class Problems:
         if not self.rows:
             return
         count = sum(map(len, self.rows.values()))
-        lines = [f"{self.root}: {count} problem{'s' * (count > 1)} found; nothing was trained or written."]
+        lines = [f"{self.root}: {count} problem{'s' * (count > 1)} found; nothing was written."]
         for kind, rows in self.rows.items():
             shown = rows[:SHOWN]
             name, found = (min(60, max(len(row[i]) for row in shown)) for i in (0, 1))

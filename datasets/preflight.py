@@ -376,8 +376,8 @@ def _leaks(root: Path, good: dict, found: dict) -> list[str]:
 def _hidden_turns(good: dict, found: dict) -> list[str]:
     """Pictures that EXIF turns without a change of size, so that a mask drawn the other way goes unseen."""
     turned = [image for split in SPLITS for image, _ in good[split] if found[image]["orientation"] != 1]
-    square = [image for image in turned if found[image]["height"] == found[image]["width"]]
-    hidden = square + [image for image in turned if found[image]["orientation"] < 5 and image not in square]
+    seen = {image: found[image] for image in turned}
+    hidden = [image for image, it in seen.items() if it["orientation"] < 5 or it["height"] == it["width"]]
     if not hidden:
         return []
     return [
