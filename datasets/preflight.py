@@ -148,7 +148,7 @@ def check_data(
         encoding=encoding,
         class_pixels=totals,
         class_image_pixels=image_pixels,
-        fingerprint=_fingerprint(root, good, found, encoding),
+        fingerprint=_fingerprint(good, found, encoding),
         warnings=warnings + more + _leaks(root, good, found) + _hidden_turns(good, found),
         class_names=names,
     )
@@ -169,8 +169,8 @@ def _scan_all(pairs, root, in_channels, snap_to, num_workers, cache_dir, progres
         else None
     )
     masks = {mask for split in SPLITS for _, mask in pairs[split]}
-    files = [file for split in SPLITS for pair in pairs[split] for file in pair]
-    names = {file: os.path.relpath(file, root) for file in files}
+    names = {file: name for split in SPLITS for file, name in _named(split, pairs[split])}
+    files = list(names)
     stamps = {file: _stamp(file) for file in files}
     known = _recall(memory)
     found = {}
@@ -194,6 +194,13 @@ def _scan_all(pairs, root, in_channels, snap_to, num_workers, cache_dir, progres
             found.update(progress(results, len(todo), "checking data") if progress else results)
         _remember(memory, {names[file]: entry for file, entry in found.items() if "error" not in entry})
     return found
+
+
+def _named(split: str, pairs: list[tuple[Path, Path]]):
+    """Every file with its name below the root, which is the same wherever that lies."""
+    for image, mask in pairs:
+        yield image, f"{split}/images/{image.name}"
+        yield mask, f"{split}/masks/{mask.name}"
 
 
 def _cores() -> int:
@@ -391,12 +398,11 @@ def _pair(image: Path, mask: Path, found: dict) -> Pair:
     return Pair(image, mask, found[image]["height"], found[image]["width"], stamp)
 
 
-def _fingerprint(root: Path, good: dict, found: dict, encoding: Encoding) -> dict[str, str]:
+def _fingerprint(good: dict, found: dict, encoding: Encoding) -> dict[str, str]:
     """Changes with any name, content or meaning; not with the folder's place or the files' times."""
     parts = {"mask encoding": hashlib.sha256(json.dumps(encoding.to_dict(), sort_keys=True).encode())}
     for split, part in zip(SPLITS, ("training files", "validation files"), strict=True):
         parts[part] = hashlib.sha256()
-        for file in (file for pair in good[split] for file in pair):
-            name = file.relative_to(root).as_posix()
+        for file, name in _named(split, good[split]):
             parts[part].update(f"{name}|{found[file]['stamp'][0]}|{found[file]['crc']}\n".encode())
     return {part: digest.hexdigest()[:32] for part, digest in parts.items()}

@@ -45,7 +45,7 @@ def list_pictures(folder: Path, recursive: bool = False) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
         paths = (Path(parent, name) for name in files)
         found += [path for path in paths if path.suffix.lower() in SUFFIXES and not is_hidden(path)]
-    return sorted(found, key=lambda path: natural_key(path.relative_to(folder).as_posix()))
+    return sorted(found, key=lambda path: natural_key(str(path)))
 
 
 def find_images(path, recursive: bool = False) -> list[Path]:
