@@ -26,13 +26,33 @@ class PooledBatchNorm2d(nn.BatchNorm2d):
         return super().forward(x)
 
 
+class AtrousConv2d(nn.Conv2d):
+    """A 3x3 convolution with its taps `dilation` positions apart, padded to keep height and width.
+
+    On a map no larger than the dilation every tap but the middle one sees padding alone; the middle one is
+    then computed by itself. Result and gradients are the same (zero for the others), at a ninth of the work.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dilation: int, groups: int = 1) -> None:
+        super().__init__(in_channels, out_channels, 3, 1, dilation, dilation, groups, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, in_channels, H, W)."""
+        if not torch.compiler.is_exporting() and self.dilation[0] >= max(x.shape[-2:]):
+            return F.conv2d(x, self.weight[:, :, 1:2, 1:2], groups=self.groups)
+        return super().forward(x)
+
+
 class ConvBNReLU(nn.Sequential):
     """Convolution without bias, batch norm, ReLU; padded so that stride 1 keeps height and width."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, dilation: int = 1) -> None:
-        padding = dilation * (kernel // 2)
+        if dilation > 1:
+            conv = AtrousConv2d(in_channels, out_channels, dilation)
+        else:
+            conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
         super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel, padding=padding, dilation=dilation, bias=False),
+            conv,
             nn.BatchNorm2d(out_channels),
             nn.ReLU(inplace=True),
         )
@@ -43,7 +63,7 @@ class SeparableConvBNReLU(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int = 1) -> None:
         super().__init__(
-            nn.Conv2d(in_channels, in_channels, 3, 1, dilation, dilation, groups=in_channels, bias=False),
+            AtrousConv2d(in_channels, in_channels, dilation, groups=in_channels),
             nn.BatchNorm2d(in_channels),
             nn.ReLU(inplace=True),
             ConvBNReLU(in_channels, out_channels, kernel=1),

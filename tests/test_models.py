@@ -14,7 +14,7 @@ from torch.export import Dim
 
 from models import FCN, MODELS, DeepLabV3Plus, PSPNet, SegNet, UNet, build_model
 from models.backbones import RESNETS, VGGS
-from models.layers import PooledBatchNorm2d, SeparableConvBNReLU
+from models.layers import AtrousConv2d, PooledBatchNorm2d, SeparableConvBNReLU
 
 ROOT = Path(__file__).parent.parent
 SMALL = {  # cheap settings; a network without an entry is tested with its defaults
@@ -197,9 +197,8 @@ def test_a_compiled_model_is_one_graph_with_the_same_logits(name):
     torch.compiler.reset()
     model = small_model(name).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for size in ((2, 3, 64, 64), (1, 3, 33, 65)):
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(pictures(*size)), model(pictures(*size)))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pictures(2, 3, 33, 65)), model(pictures(2, 3, 33, 65)))
     compiled.train()(pictures(1, 3, 32, 32))  # the branch for a pooled map of one value
 
 
@@ -258,6 +257,19 @@ def test_separable_deeplab_has_no_other_3x3_outside_its_backbone():
     kernels = [module for module in heads if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)]
     assert len(kernels) == sum(isinstance(module, SeparableConvBNReLU) for module in heads) == 5
     assert all(kernel.groups == kernel.in_channels for kernel in kernels)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("size", [(5, 5), (4, 6), (6, 3), (7, 5)])
+def test_taps_that_see_padding_alone_are_left_out_without_a_trace(groups, size):
+    torch.manual_seed(0)
+    conv, x = AtrousConv2d(4, 8, dilation=6, groups=groups).double(), torch.rand(2, 4, *size).double()
+    whole = conv.weight.detach().clone().requires_grad_()
+    ours, theirs = conv(x), nn.functional.conv2d(x, whole, padding=6, dilation=6, groups=groups)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(conv.weight.grad, whole.grad)
 
 
 @pytest.mark.parametrize("stride", [8, 16])
