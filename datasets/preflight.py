@@ -119,7 +119,8 @@ def check_data(
     problems, warnings = Problems(root), []
     pairs = {split: pair_split(root / split, mask_suffix, problems, warnings) for split in SPLITS}
     snap_to = _snap_colours(wanted, class_colors)
-    found = _scan_all(pairs, root, in_channels, snap_to, num_workers, cache_dir, progress)
+    memory = _memory_of(root, in_channels, snap_to, cache_dir)
+    found = _scan_all(pairs, memory, in_channels, snap_to, num_workers, progress)
     good = {split: _check_pairs(pairs[split], found, problems) for split in SPLITS}
     stats = {mask: _stats(found[mask]) for split in SPLITS for _, mask in good[split]}
     if not stats:
@@ -139,6 +140,8 @@ def check_data(
         if split == "train":
             image_pixels = sum((np.where(count > 0, count.sum(), 0) for count in counts), image_pixels)
     problems.raise_any()
+    if memory and not memory.exists():
+        _remember(memory, pairs, found)
     for split, does in zip(SPLITS, ("learned", "scored"), strict=True):
         absent = [names[i] for i in np.flatnonzero(totals[split] == 0)]
         if absent:
@@ -160,14 +163,15 @@ def _snap_colours(wanted: LabelMap, class_colors) -> list[int]:
     return declared + [pack_one(colour) for colour in class_colors or []] if wanted.snap else []
 
 
-def _scan_all(pairs, root, in_channels, snap_to, num_workers, cache_dir, progress) -> dict[Path, dict]:
-    """What there is to know of each file, from memory where size and time are as they were."""
+def _memory_of(root: Path, in_channels: int, snap_to, cache_dir) -> Path | None:
+    """The file that keeps what was found: one for each folder and way of reading it."""
     setup = json.dumps([VERSION, str(root.resolve()), in_channels, snap_to])
-    memory = (
-        Path(cache_dir) / f"check-{hashlib.sha256(setup.encode()).hexdigest()[:16]}.json"
-        if cache_dir
-        else None
-    )
+    name = f"check-{hashlib.sha256(setup.encode()).hexdigest()[:16]}.json"
+    return Path(cache_dir) / name if cache_dir else None
+
+
+def _scan_all(pairs, memory: Path | None, in_channels, snap_to, num_workers, progress) -> dict[Path, dict]:
+    """What there is to know of each file, from memory where size and time are as they were."""
     masks = {mask for split in SPLITS for _, mask in pairs[split]}
     names = {file: name for split in SPLITS for file, name in _named(split, pairs[split])}
     files = list(names)
@@ -192,7 +196,8 @@ def _scan_all(pairs, root, in_channels, snap_to, num_workers, cache_dir, progres
         with ThreadPoolExecutor(num_workers or _cores()) as pool:
             results = _bounded_map(pool, scan, todo)
             found.update(progress(results, len(todo), "checking data") if progress else results)
-        _remember(memory, {names[file]: entry for file, entry in found.items() if "error" not in entry})
+        if memory and memory.parent.exists():  # data that is refused makes no folder
+            _remember(memory, pairs, found)
     return found
 
 
@@ -239,10 +244,10 @@ def _recall(memory: Path | None) -> dict:
     )
 
 
-def _remember(memory: Path | None, entries: dict) -> None:
+def _remember(memory: Path, pairs, found: dict[Path, dict]) -> None:
     """Write aside, then rename; without room or right to write, the next start only takes longer."""
-    if memory is None:
-        return
+    names = {file: name for split in SPLITS for file, name in _named(split, pairs[split])}
+    entries = {names[file]: entry for file, entry in found.items() if "error" not in entry}
     aside = memory.with_name(f".{memory.name}.{os.getpid()}")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
