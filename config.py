@@ -123,6 +123,7 @@ class Config:
     # cached, else a few
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
     seed: int = 0  # start of every random draw
+    sync_batchnorm: bool = False  # batch norm over all processes' pictures: for few of them a GPU
     deterministic: bool = False  # same numbers on a GPU in every run, at some speed; on a CPU they are so
     # anyway
     output_dir: str = "runs"  # folder of all runs

@@ -11,7 +11,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from datasets import DataReport, check_data
 from datasets.folder import SegmentationDataset
-from datasets.sampling import Loader, epoch_batches
+from datasets.sampling import Loader, epoch_batches, evaluation_shard
 from datasets.transforms import Augmentation, mean_std
 from losses import AuxLoss, build_loss, median_frequency_weights
 from metrics import ConfusionMatrix, Scores, predicted_ids
 from models import build_model, load_pretrained, read_checkpoint
+from utils import distributed, visualize
 from utils import run as run_files
-from utils import visualize
 from utils.checkpoint import (
     FORMAT,
     first_non_finite,
@@ -48,6 +48,7 @@ from utils.device import (
     pick_device,
     pick_precision,
 )
+from utils.distributed import ONE_PROCESS, Processes
 from utils.ema import Ema
 from utils.inference import Network, normalize, picture_logits, restore
 from utils.optim import Schedule, build_optimizer, build_schedule
@@ -83,7 +84,8 @@ class Run:
     loader: Loader
     architecture: dict[str, Any]
     model: nn.Module
-    forward: Callable[[Tensor], Any]  # the model, or its compiled form
+    forward: nn.Module  # the model, its gradients averaged over the processes, compiled if asked for
+    processes: Processes
     loss_fn: AuxLoss
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -110,7 +112,7 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
         Fail: with the exit code, for all that the user can mend and for what stopped the work.
     """
     keep_freed_memory()
-    saved = None
+    processes, saved = distributed.read_processes(), None
     with mendable():
         run_files.try_output(Path(config.output_dir))
         if config.resume:
@@ -118,7 +120,7 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
             saved = read_checkpoint(folder / "last.pt")
             print(f"resuming {folder}")
             config = resumed_settings(config, saved["config"], given or {}, FREE)
-        device = pick_device(config.device)
+        device = pick_device(config.device, processes.local_rank)
         precision = pick_precision(config.amp, device)
         model = build_network(config, fresh=saved is None)
         report = check_data(
@@ -136,14 +138,15 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
     print(report.describe(), flush=True)
     if config.check:
         return Path(config.data_root)
+    distributed.join(processes, device)
     with mendable():
-        run = build(config, report, device, precision, model)
-        if saved is None:
+        run = build(config, report, device, precision, model, processes)
+        if saved is None and processes.is_main:
             run.folder = run_files.create_run(Path(config.output_dir), config.run_name, config.model)
-        else:
+        elif saved is not None:
             run.folder = folder
-            sweep(folder)
             restore_state(run, saved)
+        run.folder = distributed.told_by_main(run.folder)
     try:
         with run.stop:
             start(run)
@@ -161,6 +164,7 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
         ) from error
     finally:
         run.loader.close()
+    distributed.leave()
     return run.folder
 
 
@@ -183,7 +187,12 @@ def build_network(config: Config, fresh: bool) -> nn.Module:
 
 
 def build(
-    config: Config, report: DataReport, device: torch.device, precision: torch.dtype, model: nn.Module
+    config: Config,
+    report: DataReport,
+    device: torch.device,
+    precision: torch.dtype,
+    model: nn.Module,
+    processes: Processes = ONE_PROCESS,
 ) -> Run:
     """Everything a run needs, from its settings, its data and its network; nothing is written yet.
 
@@ -199,6 +208,10 @@ def build(
     model.to(device, memory_format=layout)
     if config.freeze_backbone:
         model.backbone.requires_grad_(False)
+    if config.sync_batchnorm and device.type != "cuda":
+        raise ValueError(f"sync_batchnorm needs GPUs; got device {device}. Leave it off")
+    if config.sync_batchnorm:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     weights = class_weights(config, report)
     loss_fn = AuxLoss(
         build_loss(config.loss, config.ignore_index, weights, **config.loss_options), config.aux_weight
@@ -225,6 +238,7 @@ def build(
         plateau_patience=config.plateau_patience,
     )
     mean, std = mean_std(config.in_channels)
+    parallel = distributed.wrap(model, processes, device)
     return Run(
         config=config,
         report=report,
@@ -240,7 +254,8 @@ def build(
             "options": config.model_options,
         },
         model=model,
-        forward=torch.compile(model) if config.compile else model,
+        forward=torch.compile(parallel) if config.compile else parallel,
+        processes=processes,
         loss_fn=loss_fn.to(device),
         optimizer=optimizer,
         schedule=schedule,
@@ -306,6 +321,9 @@ def progress_bar(
 def start(run: Run) -> None:
     """Write what this run is, draw one augmented batch, and print the table of what will happen."""
     config = run.config
+    if not run.processes.is_main:
+        return
+    sweep(run.folder)
     write_json(run.folder / "config.json", config.saved | {"versions": run_files.versions()})
     (run.folder / "samples").mkdir(exist_ok=True)
     keys = [(0, index) for index in range(min(2 * SHOWN, len(run.train_set)))]
@@ -371,12 +389,7 @@ def train(run: Run) -> None:
             row |= score_columns(config.names, found.scores, found.loss)
         end_epoch(run, row, found)
         print_epoch(run, row, found)
-        if found and (number == config.epochs or number % max(1, config.epochs // 10) == 0):
-            with run.clock.to("saving"):
-                panel = visualize.sample_panels(found.rows, config.names, run.palette, config.ignore_index)
-                write_image(run.folder / "samples" / f"epoch_{number:03d}.png", panel)
     if progress.epoch < config.epochs:
-        draw_curves(run)
         print(f"no better {config.monitor} for {progress.stalled} validations: stopped early")
     finish(run)
 
@@ -389,58 +402,73 @@ def train_one_epoch(run: Run) -> None:
     """
     config, progress = run.config, run.progress
     epoch = progress.epoch
-    batches = epoch_batches(len(run.train_set), config.batch_size, config.seed, epoch)
+    order = (len(run.train_set), config.batch_size, config.seed, epoch)
+    batches = epoch_batches(*order, run.processes.rank, run.processes.world_size)
+    sizes = [len(batch) for batch in epoch_batches(*order)]  # over all processes
     sums = {name: torch.tensor(value, device=run.device) for name, value in progress.sums.items()}
     bad_step = torch.tensor(-1, device=run.device)  # the first whose loss is not finite
     shown_at = 0.0
     set_train_mode(run)
     loader = iter(run.loader.epoch(batches, epoch, progress.step))
     with progress_bar(total=len(run.train_set), description=f"Epoch {epoch + 1}") as bar:
-        bar.update(sum(len(batch) for batch in batches[: progress.step]))
+        bar.update(sum(sizes[: progress.step]))
         for step in range(progress.step, len(batches)):
             with run.clock.to("data"):
                 images, masks, _ = next(loader)
             with run.clock.to("step"):
                 terms = train_step(run, images, masks, epoch, step)
                 for name, value in terms.items():
-                    sums[name] = sums.get(name, 0.0) + value.double() * len(images)
+                    sums[name] = sums.get(name, 0.0) + value * sizes[step]
                 bad_step = torch.where((bad_step < 0) & ~torch.isfinite(terms["loss"]), step, bad_step)
                 due = time.monotonic() - shown_at > 0.5 or step + 1 == len(batches)
                 if due or run.device.type == "cpu":  # the only wait for the device
                     refuse_non_finite(run, int(bad_step), batches)
                 if due:
-                    seen = sum(len(batch) for batch in batches[: step + 1])
-                    bar.set_postfix_str(f"loss {float(sums['loss']) / seen:.4f}", refresh=False)
+                    loss = float(sums["loss"]) / sum(sizes[: step + 1])
+                    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                     shown_at = time.monotonic()
-            bar.update(len(images))
+            bar.update(sizes[step])
             progress.step = step + 1
-            late = (
-                config.save_every_minutes and time.monotonic() - run.saved_at > 60 * config.save_every_minutes
-            )
+            minutes = (time.monotonic() - run.saved_at) / 60
+            late = bool(config.save_every_minutes) and minutes > config.save_every_minutes
+            run.stop.number, late = distributed.largest([run.stop.number, late])
             if run.stop.number or late:
                 refuse_non_finite(run, int(bad_step), batches)
-                progress.sums = {name: float(value) for name, value in sums.items()}
+                progress.sums = over_processes(run, sums)
                 save_last(run)
                 leave_if_stopped(run)
-    progress.sums = {name: float(value) for name, value in sums.items()}
+    progress.sums = over_processes(run, sums)
+
+
+def over_processes(run: Run, sums: dict[str, Tensor]) -> dict[str, float]:
+    """Sums of loss terms over all pictures, from those of the processes."""
+    totals = torch.stack(list(sums.values())) / run.processes.world_size
+    distributed.sum_over(totals)
+    return dict(zip(sums, totals.tolist(), strict=True))
 
 
 def train_step(run: Run, images: Tensor, masks: Tensor, epoch: int, step: int) -> dict[str, Tensor]:
     """One optimizer step over a batch, in `accumulate` parts; returns the loss and its terms, detached."""
     config = run.config
-    torch.manual_seed(
-        position_seed(config.seed, epoch, step)
-    )  # dropout is a function of the place in the run
+    torch.manual_seed(position_seed(config.seed, epoch, step, run.processes.rank))  # for dropout
     images = images.to(run.device, non_blocking=True)
     masks = masks.to(run.device, non_blocking=True)
-    denominator = run.loss_fn.denominator(masks) if config.accumulate > 1 else None
+    denominator = None
+    if (
+        config.accumulate * run.processes.world_size > 1
+    ):  # that of the whole batch, so that parts add up to it
+        denominator = run.loss_fn.denominator(masks)
+        distributed.sum_over(denominator)
+        denominator = denominator / run.processes.world_size  # gradients are averaged, not summed
     total: dict[str, Tensor] = {}
-    for part, part_masks in zip(images.chunk(config.accumulate), masks.chunk(config.accumulate), strict=True):
+    parts = list(zip(images.chunk(config.accumulate), masks.chunk(config.accumulate), strict=True))
+    for number, (part, part_masks) in enumerate(parts, start=1):
         inputs = normalize(part, run.mean, run.std, config.channels_last)
-        with autocast(run.device, run.precision):
-            logits = run.forward(inputs)
-        loss = run.loss_fn(logits, part_masks, denominator)
-        run.scaler.scale(loss).backward()
+        with distributed.averaging(run.forward, number == len(parts)):
+            with autocast(run.device, run.precision):
+                logits = run.forward(inputs)
+            loss = run.loss_fn(logits, part_masks, denominator)
+            run.scaler.scale(loss).backward()
         for name, value in {"loss": loss.detach(), **run.loss_fn.terms}.items():
             total[name] = total[name] + value if name in total else value
     if config.clip_grad:
@@ -455,11 +483,10 @@ def train_step(run: Run, images: Tensor, masks: Tensor, epoch: int, step: int) -
     return total
 
 
-def position_seed(seed: int, epoch: int, step: int) -> int:
+def position_seed(seed: int, epoch: int, step: int, rank: int) -> int:
     """A seed that depends on the place in the run alone."""
-    return int.from_bytes(
-        hashlib.blake2b(f"{seed} {epoch} {step}".encode(), digest_size=7).digest(), "little"
-    )
+    digest = hashlib.blake2b(f"{seed} {epoch} {step} {rank}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
 
 
 def set_train_mode(run: Run) -> None:
@@ -499,6 +526,7 @@ def leave_if_stopped(run: Run) -> None:
         Fail: a signal came.
     """
     if run.stop.number:
+        distributed.wait_for_all()
         raise Fail(f"stopped; go on with --resume {run.folder}", 128 + run.stop.number)
 
 
@@ -526,31 +554,34 @@ def evaluate(run: Run, weights: dict[str, Tensor], keep: Iterable[int] = range(S
         weights: of the model.
         keep: indices of the pictures to hand back as rows for `visualize.sample_panels`.
     """
-    config = run.config
-    total = ConfusionMatrix(config.num_classes, config.ignore_index, run.device)
-    losses, picture_iou, rows = [], [], {}
+    config, pictures = run.config, len(run.val_set)
+    distributed.from_main(weights)
+    own = ConfusionMatrix(config.num_classes, config.ignore_index, run.device)
+    states = torch.zeros(pictures, len(own.state()), dtype=torch.int64, device=run.device)
+    losses = torch.zeros(pictures, device=run.device)
+    kept = {}
     for index, picture, truth, logits in validation_logits(run, weights):
         ids = predicted_ids(logits)
-        own = ConfusionMatrix(config.num_classes, config.ignore_index, run.device)
+        own.reset()
         own.update(ids, truth)
-        total.merge(own)
+        states[index] = own.state()
         with torch.no_grad():
-            losses.append(run.loss_fn(logits, truth))
-        picture_iou.append(own.state())
+            losses[index] = run.loss_fn(logits, truth)
         if index in keep:
-            rows[index] = (hwc(picture)[0], truth[0].cpu().numpy(), ids[0].cpu().numpy())
-    own_scores = []
-    for state in picture_iou:  # read back when all is computed
+            kept[index] = (hwc(picture)[0], truth[0].cpu().numpy(), ids[0].cpu().numpy())
+    distributed.sum_over(states, losses)
+    kept = distributed.gathered(kept)
+    picture_iou = []
+    for state in states.cpu():
         own.load_state(state)
-        own_scores.append(own.scores().mean_iou)
-    captions = [
-        (*rows[i], f"{run.report.val[i].image.name}  mean IoU {format_score(own_scores[i])}")
-        for i in keep
-        if i in rows
+        picture_iou.append(own.scores().mean_iou)
+    own.load_state(states.sum(0))
+    names = [
+        f"{pair.image.name}  mean IoU {format_score(iou)}"
+        for pair, iou in zip(run.report.val, picture_iou, strict=True)
     ]
-    return Evaluation(
-        total.scores(), total.counts.cpu(), float(torch.stack(losses).mean()), own_scores, captions
-    )
+    rows = [(*kept[index], names[index]) for index in keep if index in kept]
+    return Evaluation(own.scores(), own.counts.cpu(), float(losses.mean()), picture_iou, rows)
 
 
 @torch.inference_mode()
@@ -566,7 +597,7 @@ def validation_logits(run: Run, weights: dict[str, Tensor]) -> Iterator[tuple[in
         channels_last=run.config.channels_last,
     )
     window = run.config.image_size if run.config.resize == "crop" else None
-    indices = range(len(run.val_set))
+    indices = evaluation_shard(len(run.val_set), run.processes.rank, run.processes.world_size)
     with progress_bar(total=len(indices), description="validation") as bar:
         for first in indices[:: run.config.batch_size]:
             batch = indices[first : first + run.config.batch_size]
@@ -577,7 +608,7 @@ def validation_logits(run: Run, weights: dict[str, Tensor]) -> Iterator[tuple[in
             for index, (image, box, truth), one in zip(batch, items, logits, strict=True):
                 picture = restore(image[None].float(), box).round().to(torch.uint8)
                 yield index, picture, truth[None].to(run.device), one
-            if run.stop.number:  # validation is done again on resume
+            if run.stop.number and run.processes.world_size == 1:  # validation is done again on resume
                 save_last(run)
                 leave_if_stopped(run)
             bar.update(len(batch))
@@ -600,12 +631,16 @@ def end_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
     if better:
         save_best(run, row)
     save_last(run)
+    if not run.processes.is_main:
+        return
     with run.clock.to("saving"):
         run_files.write_log(run.folder / "log.csv", progress.rows)
-        if (
-            run.clock.share("saving") < 0.1 or progress.epoch == config.epochs
-        ):  # not at every one of many short epochs
+        last = progress.epoch == config.epochs
+        if last or run.clock.share("saving") < 0.1:  # not at every one of many short epochs
             draw_curves(run)
+        if found and (last or progress.epoch % max(1, config.epochs // 10) == 0):
+            panel = visualize.sample_panels(found.rows, config.names, run.palette, config.ignore_index)
+            write_image(run.folder / "samples" / f"epoch_{progress.epoch:03d}.png", panel)
 
 
 def draw_curves(run: Run) -> None:
@@ -640,7 +675,8 @@ def save_last(run: Run) -> None:
             "scaler": run.scaler.state_dict(),
             "fingerprint": run.report.fingerprint,
         }
-        save_atomic(checkpoint, run.folder / "last.pt")
+        if run.processes.is_main:
+            save_atomic(checkpoint, run.folder / "last.pt")
         run.saved_at = time.monotonic()
 
 
@@ -659,7 +695,8 @@ def save_best(run: Run, row: dict[str, Any]) -> None:
             "architecture": run.architecture,
             "info": prediction_info(run) | {"scores": row},
         }
-        save_atomic(checkpoint, run.folder / "best.pt")
+        if run.processes.is_main:
+            save_atomic(checkpoint, run.folder / "best.pt")
 
 
 def finite_weights(run: Run) -> dict[str, Tensor]:
@@ -740,13 +777,17 @@ def print_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None
 def finish(run: Run) -> None:
     """Score `best.pt` once more, draw the report, and say where everything lies."""
     config, progress = run.config, run.progress
+    distributed.wait_for_all()  # for best.pt
     best = read_checkpoint(run.folder / "best.pt")["model"]
     with run.clock.to("validation"):
         found = evaluate(run, best, keep=())
         order = sorted(range(len(found.picture_iou)), key=lambda index: -found.picture_iou[index])
         chosen = order[:2] + order[2:][-2:]
         rows = evaluate(run, best, keep=chosen).rows
+    if not run.processes.is_main:
+        return
     with run.clock.to("saving"):
+        draw_curves(run)
         report = visualize.draw_report(
             progress.rows,
             config.names,

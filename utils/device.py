@@ -27,8 +27,12 @@ def keep_freed_memory() -> None:
     mallopt(top_pad, 64 * 2**20)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first GPU, or the CPU.
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of that name; `auto` is a GPU, or the CPU.
+
+    Args:
+        name: auto, cpu, cuda, cuda:1, mps.
+        local_rank: which GPU, where the name says none.
 
     Raises:
         ValueError: there is no such device.
@@ -40,6 +44,8 @@ def pick_device(name: str) -> torch.device:
             name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]

@@ -171,7 +171,9 @@ def format_score(value: float) -> str:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM set a flag that the loop reads between steps; a second one ends at once.
+    """Ctrl-C and SIGTERM set a flag that the loop reads between steps; a second one, later, ends at once.
+
+    What comes within a second is one: torchrun passes on a Ctrl-C that the processes have had already.
 
     Attributes:
         number: of the signal that came; 0 where none did.
@@ -179,6 +181,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number = 0
+        self._came_at = 0.0
 
     def __enter__(self) -> "StopSignal":
         self._before = {
@@ -191,10 +194,12 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
+        if self.number and time.monotonic() - self._came_at < 1:
+            return
         if self.number:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.number = number
+        self.number, self._came_at = number, time.monotonic()
         print("\nstopping after this step; once more to end at once", file=sys.stderr, flush=True)
 
 

@@ -1,0 +1,125 @@
+"""Several processes as one run: `torchrun --nproc_per_node N train.py` starts them, this file joins them.
+
+Each process has its share of every batch; DistributedDataParallel averages the gradients, counts are summed.
+With one process everything here does nothing, so the loop is written once.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+TIMEOUT = timedelta(seconds=60)  # a process that is gone is noticed after this
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those of the run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # on this machine: which GPU
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that prints and writes."""
+        return self.rank == 0
+
+
+ONE_PROCESS = Processes()
+
+
+def read_processes() -> Processes:
+    """What torchrun says in the environment; without it, one process. Silences all but the main one."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    processes = Processes(
+        *(int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True))
+    )
+    if not processes.is_main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the life of the process)
+    return processes
+
+
+def join(processes: Processes, device: torch.device) -> None:
+    """Meet the other processes; tensors on a GPU go by nccl, all else by gloo."""
+    if processes.world_size > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+
+
+def leave() -> None:
+    """Part from the others, where there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
+    """The model, with its gradients averaged over the processes."""
+    if processes.world_size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+@contextmanager
+def averaging(model: nn.Module, now: bool) -> Iterator[None]:
+    """Around forward and backward: average the gradients only `now`, at the last part of a batch."""
+    if now or not isinstance(model, DistributedDataParallel):
+        yield
+    else:
+        with model.no_sync():
+            yield
+
+
+def sum_over(*tensors: Tensor) -> None:
+    """Replace each tensor by its sum over the processes."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def largest(numbers: list[int]) -> list[int]:
+    """The largest of each number over the processes; goes by gloo, so that no GPU is waited for."""
+    if not dist.is_initialized():
+        return numbers
+    tensor = torch.tensor(numbers)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def from_main(tensors: dict[str, Tensor]) -> None:
+    """Overwrite the tensors by those of the main process: batch norm's statistics differ by process."""
+    if dist.is_initialized():
+        for tensor in tensors.values():
+            dist.broadcast(tensor, src=0)
+
+
+def told_by_main(value: Any) -> Any:
+    """The main process's value."""
+    if not dist.is_initialized():
+        return value
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def gathered(value: dict) -> dict:
+    """The union of the processes' dicts, whose keys differ."""
+    if not dist.is_initialized():
+        return value
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return {key: item for part in parts for key, item in part.items()}
+
+
+def wait_for_all() -> None:
+    """Go on only when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
