@@ -83,4 +83,4 @@ def test_a_table_from_colors_to_classes_does_not_solve_it(balanced):
                 weight = 1 / counts.sum(1, keepdims=True) if balanced else 1
                 np.add.at(confusion, (ids, (counts * weight).argmax(0)[color]), 1)
     hit = confusion.diagonal()
-    assert (hit / (confusion.sum(0) + confusion.sum(1) - hit)).mean() < 0.6
+    assert (hit / (confusion.sum(0) + confusion.sum(1) - hit)).mean() < 0.45
