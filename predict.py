@@ -103,7 +103,7 @@ def segment(model: nn.Module, picture: np.ndarray) -> np.ndarray:
     network = Network(model, mean=info.mean, std=info.std, device=device, precision=torch.float32, fold=False)
     image, box = fit(picture, info.image_size, info.resize)
     logits = picture_logits(network, [chw(image)], [box], window_of(info, None))
-    return predicted_ids(logits[0])[0].cpu().numpy()
+    return predicted_ids(next(logits))[0].cpu().numpy()
 
 
 def main(args: Args) -> int:

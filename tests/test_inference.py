@@ -1,12 +1,13 @@
 """The way from pictures to logits at a picture's own size: folding, restoring, sliding windows, averaging."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from datasets.transforms import Box
 from models import MODELS, build_model
-from utils.inference import Network, fold_batch_norm, normalize, restore, sliding_strips
+from utils.inference import Network, fold_batch_norm, normalize, restore, restored_strips, sliding_blocks
 
 SMALL = {"unet": {"base_channels": 4}, "segnet": {"base_channels": 4}, "fcn": {"backbone": "vgg11_bn"}}
 SMALL |= {name: {"backbone": "resnet18"} for name in ("deeplabv3plus", "pspnet")}
@@ -59,31 +60,69 @@ def identity(images):
     return images.float()
 
 
-@pytest.mark.parametrize("size", [(40, 40), (33, 100), (97, 64), (128, 31), (20, 20), (64, 65)])
+def slide(forward, picture, window, overlap=0.25):
+    """The logits of a whole picture, and how often each pixel was given."""
+    rows = lambda top, bottom: picture[:, top:bottom]  # noqa: E731
+    whole, times = None, torch.zeros(picture.shape[1:])
+    for top, left, block in sliding_blocks(forward, rows, picture.shape[1:], window, overlap):
+        whole = block.new_zeros(len(block), *picture.shape[1:]) if whole is None else whole
+        place = np.s_[top : top + block.shape[1], left : left + block.shape[2]]
+        whole[(slice(None), *place)] = block
+        times[place] += 1
+    return whole, times
+
+
+@pytest.mark.parametrize("size", [(40, 40), (33, 100), (97, 64), (128, 31), (20, 20), (64, 65), (150, 203)])
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
-def test_sliding_an_identity_gives_the_picture_back_whole_and_in_order(size, overlap):
+def test_sliding_an_identity_gives_each_pixel_of_the_picture_back_once(size, overlap):
     picture = torch.randint(0, 256, (2, *size), dtype=torch.uint8)
-    strips = list(sliding_strips(identity, picture, (40, 48), overlap))
-    assert [top for top, _ in strips] == [sum(s.shape[1] for _, s in strips[:i]) for i in range(len(strips))]
-    assert torch.allclose(torch.cat([strip for _, strip in strips], dim=1), picture.float(), atol=1e-3)
+    whole, times = slide(identity, picture, (40, 48), overlap)
+    assert torch.equal(times, torch.ones(size))
+    assert torch.allclose(whole, picture.float(), atol=1e-3)
+
+
+def test_windows_are_blended_as_by_sums_over_the_whole_picture():
+    model = small_model("unet")
+    network = Network(model, mean=[0.5] * 3, std=[0.2] * 3, **CPU)
+    picture = torch.randint(0, 256, (3, 75, 110), dtype=torch.uint8)
+    sums, total = torch.zeros(3, 75, 110), torch.zeros(75, 110)
+    ramp = ((torch.minimum(torch.arange(40), torch.arange(39, -1, -1)) + 1) / 10).clamp(max=1)
+    for top in (0, 18, 35):
+        for left in (0, 23, 47, 70):
+            place = np.s_[..., top : top + 40, left : left + 40]
+            sums[place] += network.logits(picture[place][None])[0] * ramp[:, None] * ramp
+            total[place] += ramp[:, None] * ramp
+    assert torch.allclose(slide(network.logits, picture, (40, 40))[0], sums / total, atol=1e-4)
 
 
 def test_one_window_that_covers_the_picture_equals_taking_it_whole():
     model = small_model("unet")
     network = Network(model, mean=[0.5] * 3, std=[0.2] * 3, **CPU)
     picture = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
-    whole = network.logits(picture[None])[0]
-    slid = torch.cat([strip for _, strip in sliding_strips(network.logits, picture, (64, 64))], dim=1)
-    assert torch.equal(slid, whole)
+    assert torch.equal(slide(network.logits, picture, (64, 64))[0], network.logits(picture[None])[0])
 
 
-def test_sliding_holds_one_strip_and_not_the_whole_pictures_logits():
-    rows = [
-        strip.shape[1]
-        for _, strip in sliding_strips(identity, torch.zeros(1, 400, 40, dtype=torch.uint8), (40, 40))
-    ]
-    assert max(rows) <= 40
-    assert sum(rows) == 400
+def test_sliding_asks_for_one_strip_at_a_time_and_gives_no_more_than_a_window():
+    asked, given = [], []
+
+    def read(top, bottom):
+        asked.append(bottom - top)
+        return torch.zeros(1, bottom - top, 400, dtype=torch.uint8)
+
+    for _, _, block in sliding_blocks(identity, read, (400, 400), (40, 40)):
+        given.append(tuple(block.shape))
+    assert set(asked) == {40}
+    assert max(rows for _, rows, _ in given) <= 40
+    assert max(columns for _, _, columns in given) <= 40
+
+
+@pytest.mark.parametrize("box", [Box(0, 0, 8, 10, 100, 77), Box(2, 1, 5, 9, 5, 9), Box(1, 0, 30, 40, 17, 23)])
+def test_restoring_in_strips_equals_restoring_at_once(box):
+    logits = torch.randn(1, 3, 33, 41)
+    strips = list(restored_strips(logits, box, elements=3 * box.original_width * 7))
+    assert [top for top, _, _ in strips] == list(range(0, box.original_height, 7))
+    joined = torch.cat([strip for _, _, strip in strips], dim=1)
+    assert torch.allclose(joined, restore(logits, box)[0], atol=1e-5)
 
 
 def test_flip_averaging_is_symmetric_and_equals_the_plain_way_for_a_symmetric_picture():

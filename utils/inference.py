@@ -5,12 +5,13 @@ Both doors go through `Network`, so that scoring saved predictions gives the dig
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from utils.device import autocast
 
@@ -98,8 +99,8 @@ def picture_logits(
     boxes: Sequence[Any],
     window: tuple[int, int] | None = None,
     overlap: float = 0.25,
-) -> list[Tensor]:
-    """Logits (1, num_classes, H, W) of pictures at their own sizes.
+) -> Iterator[Tensor]:
+    """Yield logits (1, num_classes, H, W) of pictures at their own sizes, one after the other.
 
     Args:
         network: what computes them.
@@ -108,16 +109,27 @@ def picture_logits(
         window: slide a window of this size over each image instead of taking it whole.
         overlap: of neighbouring windows.
     """
-    if window is None:
-        logits = list(network.logits(torch.stack(list(images))).split(1))
-    else:
-        logits = [
-            torch.cat([strip for _, strip in sliding_strips(network.logits, image, window, overlap)], dim=1)[
-                None
-            ]
-            for image in images
-        ]
-    return [restore(*one) for one in zip(logits, boxes, strict=True)]
+    whole = network.logits(torch.stack(list(images))).split(1) if window is None else None
+    for at, (image, box) in enumerate(zip(images, boxes, strict=True)):
+        if whole is None:
+            blocks = sliding_blocks(network.logits, partial(_rows, image), image.shape[1:], window, overlap)
+            yield restore(_joined(blocks, image.shape[1:]), box)
+        else:
+            yield restore(whole[at], box)
+
+
+def _rows(image: Tensor, top: int, bottom: int) -> Tensor:
+    return image[:, top:bottom]
+
+
+def _joined(blocks: Iterator[tuple[int, int, Tensor]], size: Sequence[int]) -> Tensor:
+    """The blocks of a picture put together, (1, num_classes, H, W)."""
+    joined = None
+    for top, left, block in blocks:
+        if joined is None:
+            joined = block.new_empty(1, len(block), *size)
+        joined[0, :, top : top + block.shape[1], left : left + block.shape[2]] = block
+    return joined
 
 
 def restore(logits: Tensor, box: Any) -> Tensor:
@@ -138,6 +150,35 @@ def restore(logits: Tensor, box: Any) -> Tensor:
         if inner.shape[-2:] == size
         else F.interpolate(inner, size=size, mode="bilinear", align_corners=False)
     )
+
+
+def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """Both in one; a plain Conv2d, since a class of convolutions without bias may not look at one."""
+    shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    fused = nn.Conv2d(*shape, groups=conv.groups, padding_mode=conv.padding_mode, device="meta")
+    fused.weight, fused.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return fused.requires_grad_(False).eval()
+
+
+def restored_strips(logits: Tensor, box: Any, elements: int = 2**24) -> Iterator[tuple[int, int, Tensor]]:
+    """What `restore` gives, but for rounding, in strips of so many numbers from top to bottom.
+
+    Yields:
+        (top, 0, logits (num_classes, rows, original_width)), each row once.
+    """
+    inner = logits[0, :, box.top : box.top + box.height, box.left : box.left + box.width]
+    height, width, last = box.original_height, box.original_width, box.height - 1
+    rows = max(1, elements // (len(inner) * width))
+    for top in range(0, height, rows):
+        at = torch.arange(top, min(height, top + rows), dtype=torch.float64, device=inner.device)
+        at = ((at + 0.5) * (box.height / height) - 0.5).clamp_(0, last)
+        above = at.long()
+        below = (above + 1).clamp_(max=last)
+        strip = torch.lerp(inner[:, above], inner[:, below], (at - above).float()[:, None])
+        size = (len(at), width)
+        yield top, 0, F.interpolate(strip[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
@@ -169,7 +210,7 @@ def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
         handle.remove()
     replaced: dict[nn.Module, nn.Module] = {}
     for conv, norm in pairs:
-        replaced[conv], replaced[norm] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+        replaced[conv], replaced[norm] = _fused(conv, norm), nn.Identity()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if child in replaced:
@@ -177,62 +218,58 @@ def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
     return model
 
 
-def sliding_strips(
+def sliding_blocks(
     forward: Callable[[Tensor], Tensor],
-    image: Tensor,
+    read: Callable[[int, int], Tensor],
+    size: Sequence[int],
     window: tuple[int, int],
     overlap: float = 0.25,
     batch_size: int = 4,
-) -> Iterator[tuple[int, Tensor]]:
-    """Run a network over a picture of any size, window by window, and yield its logits from top to bottom.
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Run a network over a picture of any size, window by window, and yield its logits block by block.
 
-    Windows overlap and are blended by weights that fall towards their edges. Memory holds one strip of
-    windows across the picture, never the whole picture's logits.
+    Windows overlap and are blended by weights that fall towards their edges and sum to 1 at each pixel.
+    Memory holds a few windows, and of the picture's width only the rows that two strips of windows share.
 
     Args:
         forward: uint8 (N, C, h, w) to logits (N, num_classes, h, w).
-        image: uint8 (C, H, W).
+        read: rows of the picture from top to bottom, (top, bottom) to uint8 (C, bottom - top, W).
+        size: height and width of the picture.
         window: height and width of a window; smaller where the picture is.
         overlap: share of a window that it has in common with its neighbour, 0 to 0.9.
         batch_size: windows that go through the network together.
 
     Yields:
-        (top, logits (num_classes, rows, W)): rows from top on are done, in order, each once.
+        (top, left, logits (num_classes, rows, columns)), in reading order; each pixel is in one block.
     """
-    _, height, width = image.shape
-    if min(height, width) < 32:  # no network takes less
-        image = F.pad(image[None].float(), (0, max(0, 32 - width), 0, max(0, 32 - height)), mode="replicate")[
-            0
-        ]
-        image = image.to(torch.uint8)
-        done = 0
-        for top, logits in sliding_strips(forward, image, window, overlap, batch_size):
-            if top < height:
-                yield top, logits[:, : height - top, :width]
-            done = top
-        return
+    height, width = size
     rows, columns = min(window[0], height), min(window[1], width)
     tops, lefts = _starts(height, rows, overlap), _starts(width, columns, overlap)
-    if len(tops) == len(lefts) == 1:
-        yield 0, forward(image[None])[0]
-        return
-    weights = _ramp(rows, overlap, image.device)[:, None] * _ramp(columns, overlap, image.device)
-    sums = total = None
+    down, across = _weights(tops, rows, overlap), _weights(lefts, columns, overlap)
+    carried = None  # weighted logits of the rows that the strip of windows below covers, too
     for at, top in enumerate(tops):
-        crops = [image[:, top : top + rows, left : left + columns] for left in lefts]
-        for first in range(0, len(crops), batch_size):
-            logits = forward(torch.stack(crops[first : first + batch_size]))
-            if sums is None:
-                sums = logits.new_zeros(logits.shape[1], rows, width)
-                total = weights.new_zeros(rows, width).to(logits.device)
-                weights = weights.to(logits.device)
-            for left, one in zip(lefts[first : first + batch_size], logits, strict=True):
-                sums[:, :, left : left + columns] += one * weights
-                total[:, left : left + columns] += weights
+        strip = read(top, top + rows)
         done = (tops[at + 1] if at + 1 < len(tops) else height) - top  # rows that no later window touches
-        yield top, sums[:, :done] / total[:done]
-        sums = torch.cat([sums[:, done:], torch.zeros_like(sums[:, :done])], dim=1)
-        total = torch.cat([total[done:], torch.zeros_like(total[:done])])
+        shared = tops[at - 1] + rows - top if at else 0  # rows that an earlier window has touched
+        beside = None  # weighted logits of the columns that the next window covers, too
+        for first in range(0, len(lefts), batch_size):
+            some = range(first, min(first + batch_size, len(lefts)))
+            crops = torch.stack([strip[:, :, lefts[i] : lefts[i] + columns] for i in some])
+            logits = forward(_at_least(crops, 32))[:, :, :rows, :columns]  # no network takes less than 32
+            for i, one in zip(some, logits, strict=True):
+                block = one * (down[at][:, None] * across[i]).to(one.device)
+                if beside is not None:
+                    block[:, :, : beside.shape[2]] += beside
+                left, right = lefts[i], lefts[i + 1] if i + 1 < len(lefts) else width
+                block, beside = block[:, :, : right - left], block[:, :, right - left :]
+                if shared:
+                    block[:, :shared] += carried[:, :shared, left:right]
+                if done < rows:
+                    if carried is None:
+                        most = rows - min(b - a for a, b in zip(tops, tops[1:], strict=False))
+                        carried = block.new_empty(len(block), most, width)
+                    carried[:, : rows - done, left:right] = block[:, done:]
+                yield top, left, block[:, :done]
 
 
 def _starts(length: int, window: int, overlap: float) -> list[int]:
@@ -242,9 +279,21 @@ def _starts(length: int, window: int, overlap: float) -> list[int]:
     return [round(i * (length - window) / max(1, count - 1)) for i in range(count)]
 
 
-def _ramp(length: int, overlap: float, device: torch.device) -> Tensor:
-    """Weights along one side of a window: 1 in the middle, falling linearly over the overlap, never 0."""
-    edge = max(1, int(length * overlap))
-    distance = torch.arange(length, device=device, dtype=torch.float32)
+def _weights(starts: Sequence[int], window: int, overlap: float) -> list[Tensor]:
+    """Weights along one side of each window, falling over the overlap, which at each pixel sum to 1."""
+    distance = torch.arange(window, dtype=torch.float32)
     distance = torch.minimum(distance, distance.flip(0)) + 1
-    return (distance / edge).clamp_(max=1.0)
+    ramp = (distance / max(1, int(window * overlap))).clamp_(max=1.0)
+    total = torch.zeros(starts[-1] + window)
+    for start in starts:
+        total[start : start + window] += ramp
+    return [ramp / total[start : start + window] for start in starts]
+
+
+def _at_least(images: Tensor, side: int) -> Tensor:
+    """Images (N, C, H, W) with their last row and column repeated where they are smaller than `side`."""
+    height, width = images.shape[-2:]
+    if min(height, width) >= side:
+        return images
+    rows = torch.arange(max(height, side)).clamp_(max=height - 1)
+    return images[:, :, rows][..., torch.arange(max(width, side)).clamp_(max=width - 1)]
