@@ -599,7 +599,7 @@ def validation_logits(run: Run, weights: dict[str, Tensor]) -> Iterator[tuple[in
     window = run.config.image_size if run.config.resize == "crop" else None
     indices = evaluation_shard(len(run.val_set), run.processes.rank, run.processes.world_size)
     with progress_bar(total=len(indices), description="validation") as bar:
-        for first in indices[:: run.config.batch_size]:
+        for first in range(0, len(indices), run.config.batch_size):
             batch = indices[first : first + run.config.batch_size]
             items = [run.val_set.evaluation_item(index) for index in batch]
             logits = picture_logits(
