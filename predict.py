@@ -62,30 +62,36 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
 import csv
 import io
 import os
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config
 from datasets import Encoding, find_images, pair_truth, read_image, read_mask
-from datasets.folder import read_fitted
-from datasets.transforms import Box, fit
+from datasets.large import LargePicture, count_pixels
+from datasets.reading import load_image
+from datasets.transforms import Box, fit, place, resize_mask
 from metrics import ConfusionMatrix, predicted_ids
 from models import load_model
 from utils import visualize
 from utils.checkpoint import write_atomic, write_image, write_text
 from utils.device import describe_device, keep_freed_memory, pick_device, pick_precision
-from utils.inference import Network, picture_logits
+from utils.inference import Network, picture_logits, restored_strips, sliding_blocks
 from utils.run import class_table, format_score, format_table, newest_weights, try_output
 
 SUMMARY = "summary.csv"
+LARGE = 2**28  # numbers in a picture's logits from which it is predicted strip by strip
+DRAWN = 4096  # pixels of the longer side of such a picture's overlay
 
 
 def segment(model: nn.Module, picture: np.ndarray) -> np.ndarray:
@@ -118,7 +124,7 @@ def main(args: Args) -> int:
         device = pick_device(args.device)
         model = load_model(weights, device)
         info = model.info
-        num_classes, in_channels = info.architecture["num_classes"], info.architecture["in_channels"]
+        num_classes = info.architecture["num_classes"]
         if args.threshold is not None and num_classes != 2:
             raise ValueError(f"threshold is for two classes; {weights} has {num_classes}. Leave it out")
         precision = pick_precision(args.amp or info.amp, device)
@@ -129,36 +135,33 @@ def main(args: Args) -> int:
         try_output(output)
         refuse_foreign_output(output)
     network = Network(model, mean=info.mean, std=info.std, device=device, precision=precision, tta=args.tta)
-    window = window_of(info, args.window)
     names = output_names(files, Path(args.input))
     print(
         f"{weights}: {info.architecture['name']}, {num_classes} classes, epoch {info.epoch}; "
         f"{len(files)} pictures; {describe_device(device)}, {str(precision).removeprefix('torch.')}"
     )
     total = ConfusionMatrix(num_classes, info.ignore_index)
-    rows, failed, saving = [], [], []
+    rows, failed, saving, started = [], [], [], time.perf_counter()
     with ThreadPoolExecutor(args.num_workers) as threads:
-        resize = "crop" if window else info.resize
-        ahead = 2 * args.batch_size
-        reader = read_ahead(threads, files, ahead, in_channels, info.image_size, resize, args.overlay)
-        for batch in batches_of(reader, args.batch_size, failed):
-            images, boxes = [chw(found.image) for _, found in batch], [found.box for _, found in batch]
-            logits = picture_logits(network, images, boxes, window, args.overlap)
-            for (index, found), one in zip(batch, logits, strict=True):
-                ids = predicted_ids(one) if args.threshold is None else above(one, args.threshold)
-                ids = ids[0].cpu()
-                row = {"picture": str(files[index]), **shares(ids, info.class_names)}
-                if truths:
-                    row |= score(ids, truths[index], encoding, info, total)
-                rows.append(row)
-                probabilities = one[0].softmax(0).half().cpu().numpy() if args.probabilities else None
-                saving.append(
-                    threads.submit(
-                        save, args, info, encoding, names[index], found.picture, ids.numpy(), probabilities
-                    )
+        reader = read_ahead(threads, files, 2 * args.batch_size, partial(read, args, info))
+        for index, found in predictions(args, info, network, batches_of(reader, args.batch_size, failed)):
+            if isinstance(found, Exception):
+                note(found, failed)
+                continue
+            row = {"picture": str(files[index]), **shares(found.ids, info.class_names)}
+            if truths:
+                row |= score(found.ids, truths[index], encoding, info, total)
+            rows.append(row)
+            if found.large and args.probabilities:
+                note(
+                    f"{files[index]}: too large for probabilities, which were not written; its mask was",
+                    failed,
                 )
-            saving = wait_for(saving, keep=2 * args.batch_size)
+            saving.append(threads.submit(save, args, info, encoding, names[index], found))
+            saving = wait_for(saving, keep=0 if found.large else 2 * args.batch_size)
+            del found  # before the next is decoded
         wait_for(saving, keep=0)
+    seconds = time.perf_counter() - started
     write_rows(output / SUMMARY, rows)
     print_shares(rows, info.class_names)
     if args.truth:
@@ -166,10 +169,13 @@ def main(args: Args) -> int:
     print(
         f"wrote {len(rows)} masks to {output / 'masks'}"
         + (f", overlays to {output / 'overlays'}" if args.overlay else "")
+        + f"; {len(rows) / seconds:.1f} pictures/s"
     )
     if failed:
         lines = "\n".join(f"  {message}" for message in failed)
-        raise Fail(f"{len(failed)} of {len(files)} pictures could not be read and were skipped:\n{lines}", 1)
+        raise Fail(
+            f"{len(failed)} of {len(files)} pictures had problems, the others are written:\n{lines}", 1
+        )
     return 0
 
 
@@ -216,31 +222,43 @@ def output_names(images: Sequence[Path], source: Path) -> list[str]:
 
 @dataclass
 class Found:
-    """A picture that was read."""
+    """A picture that was read, and what was made of it."""
 
-    image: np.ndarray  # uint8 (h, w, C), as the network sees it
-    box: Box
-    picture: np.ndarray | None  # uint8 (H, W, C), to draw on
+    image: np.ndarray | None = None  # uint8 (h, w, C), as the network sees it
+    box: Box | None = None
+    picture: np.ndarray | None = None  # uint8 (H, W, C), to draw on; of a large one, reduced
+    large: LargePicture | None = None
+    ids: np.ndarray | None = None  # (H, W)
+    probabilities: np.ndarray | None = None  # float16 (num_classes, H, W)
+
+
+def read(args: Args, info: Any, path: Path) -> Found | ValueError | OSError:
+    """Read one picture, decoding it once if that will do; a large one is left for later, errors returned."""
+    in_channels, image_size = info.architecture["in_channels"], tuple(info.image_size)
+    resize = "crop" if window_of(info, args.window) else info.resize
+
+    def content(size: tuple[int, int]) -> tuple[int, int]:
+        box = place(size, image_size, resize)
+        return box.height, box.width
+
+    try:
+        if count_pixels(path) * info.architecture["num_classes"] > LARGE:
+            return Found(large=LargePicture(path, in_channels))
+        picture, size, _ = load_image(path, in_channels, reduce_to=content)
+        image, box = fit(picture, image_size, resize, size)
+        if not args.overlay:
+            return Found(image, box)
+        if picture.shape[:2] != tuple(size):  # a JPEG that was decoded smaller
+            picture = read_image(path, in_channels)
+        return Found(image, box, picture)
+    except (ValueError, OSError) as error:
+        return error
 
 
 def read_ahead(
-    threads: ThreadPoolExecutor,
-    files: Sequence[Path],
-    ahead: int,
-    in_channels: int,
-    image_size: Sequence[int],
-    resize: str,
-    to_draw: bool,
-) -> Iterator[tuple[int, Found | ValueError | OSError]]:
-    """Yield (index, picture) in order, read by threads beside the network; an error stands for itself."""
-
-    def read(path: Path) -> Found | ValueError | OSError:
-        try:
-            image, box = read_fitted(path, in_channels, image_size, resize)
-            return Found(image, box, read_image(path, in_channels) if to_draw else None)
-        except (ValueError, OSError) as error:
-            return error
-
+    threads: ThreadPoolExecutor, files: Sequence[Path], ahead: int, read: Callable[[Path], Any]
+) -> Iterator[tuple[int, Any]]:
+    """Yield (index, what `read` returns) in order, `ahead` pictures being read by threads meanwhile."""
     pending: deque[Future] = deque()
     with tqdm(total=len(files), unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
         for index in range(len(files) + ahead):
@@ -254,19 +272,78 @@ def read_ahead(
 def batches_of(
     reader: Iterator[tuple[int, Found | ValueError | OSError]], batch_size: int, failed: list[str]
 ) -> Iterator[list[tuple[int, Found]]]:
-    """Gather what was read into batches; the messages of what was not go to `failed`."""
+    """Gather what was read into batches, large pictures alone; messages of what was not go to `failed`."""
     batch = []
     for index, found in reader:
         if isinstance(found, Exception):
-            failed.append(str(found))
-            print(f"skipped: {found}", file=sys.stderr)
+            note(found, failed)
             continue
+        if batch and (found.large or len(batch) == batch_size):
+            yield batch
+            batch = []
         batch.append((index, found))
-        if len(batch) == batch_size:
+        if found.large:
             yield batch
             batch = []
     if batch:
         yield batch
+
+
+def note(problem: Any, failed: list[str]) -> None:
+    """Say at once what went wrong with a picture, and keep it for the end."""
+    failed.append(str(problem))
+    print(f"problem: {problem}", file=sys.stderr)
+
+
+def predictions(
+    args: Args, info: Any, network: Network, batches: Iterator[list[tuple[int, Found]]]
+) -> Iterator[tuple[int, Found | ValueError | OSError]]:
+    """Yield each picture with its class ids, in order; a large one that is broken inside gives its error."""
+    window = window_of(info, args.window)
+    decide = predicted_ids if args.threshold is None else partial(above, threshold=args.threshold)
+    for batch in batches:
+        if batch[0][1].large:
+            index, found = batch.pop()
+            try:
+                with found.large as picture:
+                    found.ids = large_ids(network, picture, decide, info, window, args.overlap)
+                    found.picture = picture.reduced(DRAWN) if args.overlay else None
+            except (ValueError, OSError) as error:
+                found = error
+            yield index, found
+            continue
+        images, boxes = [chw(found.image) for _, found in batch], [found.box for _, found in batch]
+        logits = picture_logits(network, images, boxes, window, args.overlap)
+        for (index, found), one in zip(batch, logits, strict=True):
+            found.ids = decide(one)[0].cpu().numpy()
+            if args.probabilities:
+                found.probabilities = one[0].softmax(0).half().cpu().numpy()
+            yield index, found
+
+
+def large_ids(
+    network: Network,
+    picture: LargePicture,
+    decide: Callable[[Tensor], Tensor],
+    info: Any,
+    window: tuple[int, int] | None,
+    overlap: float,
+) -> np.ndarray:
+    """Class ids (H, W) of a picture whose logits are never in memory all at once."""
+    if window:
+        blocks = sliding_blocks(
+            network.logits, lambda *rows: chw(picture.rows(*rows)), picture.size, window, overlap
+        )
+    else:
+        image, box = picture.fitted(info.image_size, info.resize)
+        blocks = restored_strips(network.logits(chw(image)[None]), box)
+    ids = None
+    for top, left, block in blocks:
+        found = decide(block[None])[0].cpu().numpy()
+        if ids is None:
+            ids = np.empty(picture.size, found.dtype)
+        ids[top : top + found.shape[0], left : left + found.shape[1]] = found
+    return ids
 
 
 def above(logits: Tensor, threshold: float) -> Tensor:
@@ -274,20 +351,20 @@ def above(logits: Tensor, threshold: float) -> Tensor:
     return (logits.softmax(1)[:, 1] >= threshold).to(torch.uint8)
 
 
-def shares(ids: Tensor, class_names: Sequence[str]) -> dict[str, float]:
+def shares(ids: np.ndarray, class_names: Sequence[str]) -> dict[str, float]:
     """Each class's share of the picture's pixels, by name."""
-    counts = torch.bincount(ids.flatten().int(), minlength=len(class_names))
-    return {name: count / ids.numel() for name, count in zip(class_names, counts.tolist(), strict=True)}
+    counts = torch.bincount(torch.from_numpy(ids).flatten(), minlength=len(class_names))
+    return {name: count / ids.size for name, count in zip(class_names, counts.tolist(), strict=True)}
 
 
 def score(
-    ids: Tensor, truth: Path, encoding: Encoding, info: Any, total: ConfusionMatrix
+    ids: np.ndarray, truth: Path, encoding: Encoding, info: Any, total: ConfusionMatrix
 ) -> dict[str, float]:
     """Count a prediction against its mask, in `total` and alone; the columns of scores.csv."""
+    own = ConfusionMatrix(len(info.class_names), info.ignore_index)
     with mendable():
-        target = torch.from_numpy(encoding.encode(read_mask(truth, encoding.as_colours)))
-        own = ConfusionMatrix(len(info.class_names), info.ignore_index)
-        own.update(ids, target)
+        target = encoding.encode(read_mask(truth, encoding.as_colours))
+        own.update(torch.from_numpy(ids), torch.from_numpy(target))
     total.merge(own)
     scores = own.scores()
     return {
@@ -297,15 +374,7 @@ def score(
     }
 
 
-def save(
-    args: Args,
-    info: Any,
-    encoding: Encoding,
-    name: str,
-    picture: np.ndarray | None,
-    ids: np.ndarray,
-    probabilities: np.ndarray | None,
-) -> None:
+def save(args: Args, info: Any, encoding: Encoding, name: str, found: Found) -> None:
     """Write one picture's mask, and its overlay and probabilities where asked for."""
     output = Path(args.output)
 
@@ -314,17 +383,33 @@ def save(
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    mask = encoding.decode(ids) if args.encoding == "source" else visualize.mask_image(ids, info.palette)
+    mask = source_mask(found.ids, encoding) if args.encoding == "source" else None
+    mask = mask or visualize.mask_image(found.ids, info.palette)
     write_image(place("masks", ".png"), mask, compress_level=1)
-    if picture is not None:
-        blended = visualize.overlay(picture, ids, info.palette)
+    if found.picture is not None:
+        ids = resize_mask(found.ids, found.picture.shape[:2])
+        blended = visualize.overlay(found.picture, ids, info.palette)
         drawn = visualize.with_legend(blended, info.class_names, info.palette)
         write_image(place("overlays", ".png"), drawn, compress_level=1)
-    if probabilities is not None:
+    if found.probabilities is not None:
         write_atomic(
             place("probabilities", ".npz"),
-            lambda file: np.savez_compressed(file, probabilities=probabilities),
+            lambda file: np.savez_compressed(file, probabilities=found.probabilities),
         )
+
+
+def source_mask(ids: np.ndarray, encoding: Encoding, step: int = 2048) -> Image.Image:
+    """The mask in the training masks' own encoding, made in strips: a look-up takes 8 bytes a pixel."""
+    strips = (encoding.decode(ids[top : top + step]) for top in range(0, len(ids), step))
+    mask = next(strips)
+    if mask.height < len(ids):
+        first, mask = mask, Image.new(mask.mode, ids.shape[::-1])
+        if first.mode == "P":
+            mask.putpalette(first.getpalette())
+        mask.paste(first, (0, 0))
+        for number, strip in enumerate(strips, 1):
+            mask.paste(strip, (0, number * step))
+    return mask
 
 
 def wait_for(saving: list[Future], keep: int) -> list[Future]:

@@ -13,9 +13,13 @@ from PIL import Image
 
 import predict
 import train
+from datasets import fit, read_image
+from datasets.large import LargePicture
+from metrics import predicted_ids
 from models import load_model
 from predict import Args
 from utils.cli import Fail, parse
+from utils.inference import Network
 
 ROOT = Path(__file__).parent.parent
 
@@ -179,6 +183,75 @@ def test_windows_and_augmented_predictions_cover_every_picture(args, data, tmp_p
     predict.main(args(**changes))
     for picture in (data / "val" / "images").iterdir():
         assert Image.open(tmp_path / "out" / "masks" / picture.name).size == Image.open(picture).size
+
+
+@pytest.mark.parametrize("training", [{}, {"resize": "letterbox"}, {"resize": "crop"}])
+def test_a_picture_taken_strip_by_strip_has_the_mask_of_the_usual_way(args, data, tmp_path, training):
+    given = args({"amp": "off", "epochs": 3, "learning_rate": 0.01, **training})
+    predict.main(given)
+    model = load_model(given.weights)
+    window = predict.window_of(model.info, None)
+    network = Network(
+        model, mean=model.info.mean, std=model.info.std, device=torch.device("cpu"), precision=torch.float32
+    )
+    for path in (data / "val" / "images").iterdir():
+        with LargePicture(path, 3) as picture:
+            ids = predict.large_ids(network, picture, predicted_ids, model.info, window, 0.25)
+        assert np.array_equal(ids, np.array(Image.open(tmp_path / "out" / "masks" / path.name)))
+
+
+def turned_picture(path, mode, turn):
+    rng = np.random.default_rng(turn)
+    picture = Image.fromarray(rng.integers(0, 256, (300, 70, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    (picture.convert("L").convert(mode) if mode == "I;16" else picture.convert(mode)).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "I;16", "1"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_rows_and_fitted_pictures_equal_those_of_reading_at_once(tmp_path, mode, turn):
+    path = tmp_path / "picture.png"
+    turned_picture(path, mode, turn)
+    with LargePicture(path, 3) as picture:
+        height = picture.size[0]
+        rows = [picture.rows(top, min(top + 32, height)) for top in range(0, height, 32)]
+        fitted, box = picture.fitted((64, 96), "letterbox")
+    expected, expected_box = fit(read_image(path), (64, 96), "letterbox")
+    assert np.array_equal(np.concatenate(rows), read_image(path))
+    assert box == expected_box
+    rounding = 0 if turn == 1 and mode in ("RGB", "L") else 1
+    assert np.abs(fitted.astype(int) - expected).max() <= rounding
+
+
+SCRIPT = """
+import resource, sys
+import predict
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak()
+weights, picture, output, window = sys.argv[1:]
+predict.main(predict.Args(weights=weights, input=picture, output=output, window=int(window) or None))
+print("lifted", peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read as Linux counts it")
+@pytest.mark.parametrize("window", [0, 512])
+def test_a_large_picture_takes_its_decoded_self_and_its_mask_and_little_more(args, tmp_path, window):
+    """5000 x 5000 pixels: 100 MB decoded, 25 MB of ids; the logits of 12 classes would be 1200 MB."""
+    given = args({"num_classes": 12, "base_channels": 1, "amp": "off"})
+    picture = Image.radial_gradient("L").convert("RGB").resize((5000, 5000))
+    picture.save(tmp_path / "l.png", compress_level=1)
+    command = [sys.executable, "-c", SCRIPT, given.weights, tmp_path / "l.png", tmp_path / "out", window]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split("lifted")[1]) < 500 * 2**20
+    assert Image.open(tmp_path / "out" / "masks" / "l.png").size == (5000, 5000)
+    assert Image.open(tmp_path / "out" / "overlays" / "l.png").width == predict.DRAWN
 
 
 def test_earlier_predictions_are_replaced_but_never_somebody_elses_masks(args, data, tmp_path, capsys):

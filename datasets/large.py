@@ -1,0 +1,138 @@
+"""Pictures too large to be arrays at once: decoded by Pillow in its own memory, made arrays by strips.
+
+Rows are those of `reading.read_image` to the bit, since converting treats each pixel alone. So are resized
+pictures where Pillow's own can be resized; else, being resized along rows first and then along columns, they
+may differ by the rounding between the two.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .folder import read_fitted
+from .reading import MAX_PIXELS, DataError, _npy, _open, _orientation, _to_channels, load_image
+from .transforms import Box, fit, place, resize_image
+
+STEP = 256  # rows that are converted at a time
+TURNS = {  # EXIF orientation: how the picture is turned to stand upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def count_pixels(path, max_pixels: int = MAX_PIXELS) -> int:
+    """Height times width of a picture, from the file's head alone.
+
+    Raises:
+        DataError: unreadable or too large; the message names the file.
+    """
+    with _naming(path):
+        if Path(path).suffix.lower() == ".npy":
+            height, width = _npy(Path(path), max_pixels, None).shape[:2]
+            return height * width
+        with _open(Path(path), max_pixels, None) as picture:
+            return picture.height * picture.width
+
+
+class LargePicture:
+    """A picture whose rows are converted when they are asked for; decoded within `with`.
+
+    Memory while decoded: 4 bytes a pixel for colours, 1 for grey. Files of one page a channel, which are
+    rare, are read whole.
+
+    Args:
+        path: the file.
+        in_channels: number of channels to bring it to, by the rules of `reading`.
+        max_pixels: larger pictures are refused.
+
+    Attributes:
+        size: height and width, EXIF applied; known within `with`.
+
+    Raises:
+        DataError: unreadable, truncated or too large, by any method; the message names the file.
+    """
+
+    def __init__(self, path, in_channels: int, max_pixels: int = MAX_PIXELS):
+        self.path, self.in_channels, self.max_pixels = Path(path), in_channels, max_pixels
+        self.size, self._turn = (0, 0), 1
+        self._picture = self._array = None
+
+    def __enter__(self):
+        with _naming(self.path):
+            pages = 1
+            if self.path.suffix.lower() != ".npy":
+                self._picture = _open(self.path, self.max_pixels, None)
+                pages = 1 if self._picture.format == "MPO" else getattr(self._picture, "n_frames", 1)
+            if self._picture is None or pages > 1:
+                self._array = load_image(self.path, self.in_channels, None, self.max_pixels)[0]
+                self.size = self._array.shape[:2]
+            else:
+                if self._picture.format == "TIFF":
+                    self._picture.load()  # which turns it, and forgets the orientation
+                self._turn = _orientation(self._picture)
+                self.size = self._picture.size if self._turn >= 5 else self._picture.size[::-1]
+        return self
+
+    def __exit__(self, *_):
+        if self._picture is not None:
+            self._picture.close()
+        self._picture = self._array = None
+
+    def rows(self, top: int, bottom: int) -> np.ndarray:
+        """Rows from `top` up to `bottom`, uint8 (bottom - top, W, in_channels)."""
+        if self._array is not None:
+            return self._array[top:bottom]
+        with _naming(self.path):
+            height, width = self.size
+            first, last = (height - bottom, height - top) if self._turn in (3, 4, 7, 8) else (top, bottom)
+            # from 5 on, rows of the upright picture are columns of the file
+            part = self._picture.crop((first, 0, last, width) if self._turn >= 5 else (0, first, width, last))
+            part = part.transpose(TURNS[self._turn]) if self._turn != 1 else part
+            return _to_channels(part, self.in_channels)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether resizing and converting may change places."""
+        plain = self._turn == 1 and self._picture is not None and "transparency" not in self._picture.info
+        return plain and (self._picture.mode, self.in_channels) in (("RGB", 3), ("L", 1), ("L", 3))
+
+    def fitted(self, image_size, resize: str) -> tuple[np.ndarray, Box]:
+        """As `folder.read_fitted` gives it: uint8 (h, w, C), and where the picture lies in it."""
+        if self._picture is not None and self._picture.format in ("JPEG", "MPO"):  # decoded smaller
+            return read_fitted(self.path, self.in_channels, image_size, resize)
+        box, height = place(self.size, tuple(image_size), resize), self.size[0]
+        if self._plain:
+            small = self._picture.resize((box.width, box.height), Image.Resampling.BILINEAR)
+            return fit(_to_channels(small, self.in_channels), image_size, resize, self.size)
+        narrow = np.empty((height, box.width, self.in_channels), np.uint8)
+        for top in range(0, height, STEP):
+            strip = self.rows(top, min(height, top + STEP))
+            narrow[top : top + STEP] = resize_image(strip, (len(strip), box.width))
+        return fit(resize_image(narrow, (box.height, box.width)), image_size, resize, self.size)
+
+    def reduced(self, side: int) -> np.ndarray:
+        """The whole picture with neither side above `side`, uint8 (h, w, C)."""
+        scale = min(1, side / max(self.size))
+        return self.fitted([max(1, round(scale * length)) for length in self.size], "stretch")[0]
+
+
+@contextmanager
+def _naming(path) -> Iterator[None]:
+    """Errors about a file's content name the file."""
+    try:
+        yield
+    except DataError as error:
+        text = str(error)
+        raise DataError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders raise a dozen types on broken files
+        raise DataError(f"{path}: cannot be read ({error}). Save it again, or remove it.") from error
