@@ -106,11 +106,11 @@ class Config:
     plateau_patience: int = 5  # validations without a better score before a drop (scheduler plateau)
 
     # Run
-    epochs: int = 40  # passes over the training pictures; real data from random weights: 100 to 500
+    epochs: int = 30  # passes over the training pictures; real data from random weights: 100 to 500
     batch_size: int = 4  # pictures a step, over all processes together; real data: 8 to 16
     accumulate: int = 1  # parts that a batch is computed in, one after the other, to save memory
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: bf16 where the GPU or the
-    # CPU computes in it, else off
+    # CPU is faster in it, else off
     channels_last: bool = True  # memory layout of convolutions; faster nearly everywhere
     compile: bool = False  # torch.compile: a minute at the start, then faster on a GPU; no gain on a CPU
     clip_grad: float = 0.0  # largest norm of the gradient; 0: no limit
