@@ -106,7 +106,7 @@ class Config:
     plateau_patience: int = 5  # validations without a better score before a drop (scheduler plateau)
 
     # Run
-    epochs: int = 30  # passes over the training pictures; real data from random weights: 100 to 500
+    epochs: int = 25  # passes over the training pictures; real data from random weights: 100 to 500
     batch_size: int = 4  # pictures a step, over all processes together; real data: 8 to 16
     accumulate: int = 1  # parts that a batch is computed in, one after the other, to save memory
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: bf16 where the GPU or the

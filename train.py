@@ -645,11 +645,14 @@ def end_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
 
 def draw_curves(run: Run) -> None:
     """Write `curves.png`: the log so far, over the planned learning rate."""
+    write_image(run.folder / "curves.png", visualize.draw_curves(run.progress.rows, planned_rates(run)))
+
+
+def planned_rates(run: Run) -> list[tuple[float, float]]:
+    """(epoch, learning rate) at up to 500 steps of the plan, to draw."""
     plan = run.schedule.plan()
-    rates = [
-        (at / run.schedule.steps_per_epoch, plan[at]) for at in range(0, len(plan), max(1, len(plan) // 500))
-    ]
-    write_image(run.folder / "curves.png", visualize.draw_curves(run.progress.rows, rates))
+    steps = range(0, len(plan), max(1, len(plan) // 500))
+    return [(step / run.schedule.steps_per_epoch, plan[step]) for step in steps]
 
 
 def save_last(run: Run) -> None:
@@ -797,7 +800,10 @@ def finish(run: Run) -> None:
             found.counts.numpy(),
             rows[:2],
             rows[2:],
-            title=f"{config.model} on {config.data_root}: mean IoU {format_score(found.scores.mean_iou)}",
+            title=run.folder.name,
+            subtitle=f"{config.model} on {config.data_root}, best of {len(progress.rows)} epochs",
+            ignore_index=config.ignore_index,
+            lr_plan=planned_rates(run),
         )
         write_image(run.folder / END_MARK, report)
     scores, most = found.scores, config.names[int(found.counts.sum(1).argmax())]
