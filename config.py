@@ -146,6 +146,10 @@ class Config:
         self._check_lengths()
         self._check_pairs()
 
+    def pick(self, *names: str) -> dict[str, Any]:
+        """Some settings by name, to hand on as keyword arguments."""
+        return {name: getattr(self, name) for name in names}
+
     @property
     def names(self) -> tuple[str, ...]:
         """One name a class."""

@@ -125,13 +125,10 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
         model = build_network(config, fresh=saved is None)
         report = check_data(
             config.data_root,
-            num_classes=config.num_classes,
-            ignore_index=config.ignore_index,
             class_names=config.names,
-            class_colors=config.class_colors,
-            in_channels=config.in_channels,
-            labels=config.labels,
-            mask_suffix=config.mask_suffix,
+            **config.pick(
+                "num_classes", "ignore_index", "class_colors", "in_channels", "labels", "mask_suffix"
+            ),
             cache_dir=config.cache_folder,
             progress=progress_bar,
         )
@@ -216,14 +213,8 @@ def build(
     loss_fn = AuxLoss(
         build_loss(config.loss, config.ignore_index, weights, **config.loss_options), config.aux_weight
     )
-    optimizer = build_optimizer(
-        model,
-        config.optimizer,
-        config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        backbone_lr_scale=config.backbone_lr_scale,
-    )
+    options = config.pick("weight_decay", "momentum", "backbone_lr_scale")
+    optimizer = build_optimizer(model, config.optimizer, config.learning_rate, **options)
     steps_per_epoch = len(epoch_batches(len(train_set), config.batch_size, config.seed, epoch=0))
     schedule = build_schedule(
         optimizer,
@@ -231,11 +222,7 @@ def build(
         steps_per_epoch=steps_per_epoch,
         epochs=config.epochs,
         warmup_steps=min(config.warmup_steps, steps_per_epoch * config.epochs // 2),
-        step_size=config.step_size,
-        step_gamma=config.step_gamma,
-        poly_power=config.poly_power,
-        plateau_factor=config.plateau_factor,
-        plateau_patience=config.plateau_patience,
+        **config.pick("step_size", "step_gamma", "poly_power", "plateau_factor", "plateau_patience"),
     )
     mean, std = mean_std(config.in_channels)
     parallel = distributed.wrap(model, processes, device)
@@ -249,8 +236,7 @@ def build(
         loader=Loader(train_set, num_workers=config.num_workers or 0, pin_memory=device.type == "cuda"),
         architecture={
             "name": config.model,
-            "num_classes": config.num_classes,
-            "in_channels": config.in_channels,
+            **config.pick("num_classes", "in_channels"),
             "options": config.model_options,
         },
         model=model,
@@ -271,21 +257,9 @@ def build(
 
 def build_datasets(config: Config, report: DataReport) -> tuple[SegmentationDataset, SegmentationDataset]:
     """Training pictures with augmentation, validation pictures without."""
-    shared = dict(
-        encoding=report.encoding,
-        image_size=config.image_size,
-        resize=config.resize,
-        in_channels=config.in_channels,
-        ignore_index=config.ignore_index,
-        seed=config.seed,
-    )
-    augmentation = Augmentation(
-        hflip=config.hflip,
-        vflip=config.vflip,
-        scale=config.scale,
-        rotate=config.rotate,
-        color_jitter=config.color_jitter,
-    )
+    shared = config.pick("image_size", "resize", "in_channels", "ignore_index", "seed")
+    shared["encoding"] = report.encoding
+    augmentation = Augmentation(**config.pick("hflip", "vflip", "scale", "rotate", "color_jitter"))
     train_set = SegmentationDataset(report.train, augmentation=augmentation, **shared)
     val_set = SegmentationDataset(report.val, evaluation=True, **shared)
     for data in (train_set, val_set):
@@ -724,13 +698,10 @@ def prediction_info(run: Run) -> dict[str, Any]:
         "class_names": list(config.names),
         "palette": run.palette,
         "image_size": list(config.image_size),
-        "resize": config.resize,
-        "ignore_index": config.ignore_index,
+        **config.pick("resize", "ignore_index", "mask_suffix", "amp"),
         "mean": run.mean,
         "std": run.std,
         "encoding": run.report.encoding.to_dict(),
-        "mask_suffix": config.mask_suffix,
-        "amp": config.amp,
         "epoch": run.progress.epoch,
         "versions": run_files.versions(),
     }
