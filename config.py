@@ -20,85 +20,88 @@ BACKBONES = {  # model: (its backbones, the one that None stands for)
 
 @dataclass(frozen=True)
 class Config:
-    """One run's settings: a field a line, with what it means, its unit and its choices."""
+    """One run's settings: a field a line, with its remark behind it, or below where that is long."""
 
     # fmt: off
 
     # Data
     data_root: str = "mock_data"  # folder with {train,val}/{images,masks}
     num_classes: int = 4  # number of classes, background included; 2 or more
-    class_names: tuple[str, ...] | None = ("background", "berry", "leaf", "flower")  # one a class; None:
-    # class_0, class_1, ...; these here belong to mock_data and are left out with another num_classes
+    class_names: tuple[str, ...] | None = ("background", "berry", "leaf", "flower")
+    # one a class; None: class_0, class_1, ...; these belong to mock_data and go with its num_classes alone
     class_colors: tuple[tuple[int, int, int], ...] | None = (
         (0, 0, 0), (204, 51, 102), (68, 170, 119), (238, 187, 68)
     )  # red,green,blue of 0 to 255, one a class, to draw with; None: chosen for you
     in_channels: int = 3  # channels of the pictures: 1 grey, 3 colour, 4 with alpha or infrared
-    image_size: tuple[int, int] | int = (128, 128)  # height and width that the network sees, in pixels; one
-    # number: a square. Real pictures: 256 to 512
-    resize: Literal["stretch", "letterbox", "crop"] = "stretch"  # how a picture becomes image_size: both
-    # sides stretched, shape kept and padded, or windows cut at native scale
-    labels: str = "auto"  # how masks encode classes: auto, snap (auto, lossy masks too), or a map such as
-    # 0=0,255=1 or #000000=0,#ff0000=1
-    mask_suffix: str = ""  # what a mask's name has after its picture's: "_mask" pairs cat.jpg with
-    # cat_mask.png
+    image_size: tuple[int, int] | int = (128, 128)
+    # height and width that the network sees, in pixels; one number: a square. Real pictures: 256 to 512
+    resize: Literal["stretch", "letterbox", "crop"] = "stretch"
+    # how a picture comes to image_size: stretched, padded with its shape kept, or cut in windows at its scale
+    labels: str = "auto"
+    # how masks encode classes: auto, snap (auto, lossy masks too), or a map such as 0=0,255=1 or
+    # #000000=0,#ff0000=1
+    mask_suffix: str = ""
+    # what a mask's name has after its picture's: "_mask" pairs cat.jpg with cat_mask.png
     ignore_index: int = 255  # mask value that counts nowhere: void, unlabelled
-    cache: Literal["auto", "ram", "disk", "off"] = "auto"  # where decoded and resized pictures are kept, so
-    # that each is decoded once; auto: ram if it fits, else disk
-    cache_dir: str | None = None  # folder of the disk cache and of the check's results; None: .cache in
-    # output_dir
+    cache: Literal["auto", "ram", "disk", "off"] = "auto"
+    # where decoded and resized pictures are kept, so that each is decoded once; auto: ram if small, else disk
+    cache_dir: str | None = None
+    # folder of the disk cache and of the check's results; None: .cache in output_dir
 
     # Augmentation (training pictures only)
     hflip: float = 0.5  # probability of a flip left to right; 0 where left and right differ in meaning
-    vflip: float = 0.0  # probability of a flip upside down; 0.5 for pictures from above and under the
-    # microscope
-    scale: tuple[float, float] = (0.75, 1.5)  # lowest and highest zoom, drawn anew each time, then cut or
-    # padded to image_size; 1 1: off
-    rotate: float = 0.0  # largest rotation in degrees, either way; 10 is usual for street scenes, 180 for
-    # pictures from above
+    vflip: float = 0.0
+    # probability of a flip upside down; 0.5 for pictures from above and under the microscope
+    scale: tuple[float, float] = (0.75, 1.5)
+    # lowest and highest zoom, drawn anew each time, then cut or padded to image_size; 1 1: off
+    rotate: float = 0.0
+    # largest rotation in degrees, either way; 10 is usual for street scenes, 180 for pictures from above
     color_jitter: float = 0.2  # strength of random brightness, contrast and saturation, 0 to 1; 0: off
 
     # Model
     model: Literal["unet", "deeplabv3plus", "pspnet", "fcn", "segnet"] = "unet"  # the network
-    backbone: str | None = None  # resnet18, 34, 50, 101 (deeplabv3plus, pspnet) or vgg11, 13, 16, 19, each
-    # also with _bn (fcn); None: resnet50, vgg16_bn
-    pretrained: str = "none"  # first weights of the backbone: none (random), imagenet (downloaded by
-    # torchvision), or a state-dict file
-    output_stride: Literal[8, 16, 32] | None = None  # pixels of the picture a pixel of the deepest features
-    # (deeplabv3plus, pspnet); None: the paper's, 16 and 8
-    separable: bool = False  # depthwise separable convolutions in ASPP and decoder (deeplabv3plus): fewer
-    # parameters
+    backbone: str | None = None
+    # resnet18, 34, 50, 101 (deeplabv3plus, pspnet; None: resnet50) or vgg11, 13, 16, 19, also with _bn (fcn;
+    # None: vgg16_bn)
+    pretrained: str = "none"
+    # first weights of the backbone: none (random), imagenet (downloaded by torchvision), or a state-dict file
+    output_stride: Literal[8, 16, 32] | None = None
+    # how much smaller than the picture the deepest map is (deeplabv3plus, pspnet); None: 16 and 8, the papers'
+    separable: bool = False
+    # depthwise separable convolutions in ASPP and decoder (deeplabv3plus): fewer parameters
     fcn_variant: Literal["8s", "16s", "32s"] = "8s"  # stride of the finest scores (fcn): 8s is finest
-    base_channels: int = 16  # channels of the first level (unet, segnet), doubled level by level; the papers
-    # have 64
+    base_channels: int = 16
+    # channels of the first level (unet, segnet), doubled level by level; the papers have 64
     bilinear: bool = False  # bilinear upsampling instead of transposed convolutions (unet)
     aux_weight: float = 0.4  # weight of the auxiliary loss on layer3 while training (pspnet); 0: none
     dropout: float | None = None  # dropout probability; None: the paper's for each network
-    freeze_backbone: bool = False  # keep the backbone's weights and statistics as they are (with pretrained
-    # or init_from)
-    init_from: str | None = None  # checkpoint whose weights this run starts from; what does not fit is listed
-    # and left at random
+    freeze_backbone: bool = False
+    # keep the backbone's weights and statistics as they are (with pretrained or init_from)
+    init_from: str | None = None
+    # checkpoint whose weights this run starts from; what does not fit is listed and left at random
 
     # Loss
-    loss: Literal["ce", "weighted_ce", "focal", "dice", "joint"] = "joint"  # cross entropy, class-weighted,
-    # focal, Dice, or Dice and one of the first three
+    loss: Literal["ce", "weighted_ce", "focal", "dice", "joint"] = "joint"
+    # cross entropy, class-weighted, focal, Dice, or Dice and one of the first three
     joint_ce: Literal["ce", "weighted_ce", "focal"] = "ce"  # the cross-entropy form inside joint
-    class_weights: Literal["auto"] | tuple[float, ...] | None = None  # auto (median frequency, from the
-    # training masks) or one number a class; None: auto for weighted_ce, equal for focal
+    class_weights: Literal["auto"] | tuple[float, ...] | None = None
+    # auto (median frequency, from the training masks) or one number a class; None: auto for weighted_ce,
+    # equal for focal
     focal_gamma: float = 2.0  # how much focal loss turns to hard pixels; 0 is plain cross entropy
     dice_weight: float = 0.5  # share of Dice in joint, 0 to 1; the cross entropy has the rest
 
     # Optimizer and schedule
-    optimizer: Literal["adam", "sgd", "rmsprop"] = "adam"  # adam is the safe choice; sgd with learning_rate
-    # 0.01 and poly is what most papers used
-    learning_rate: float = 0.002  # at the start (after warm-up); real pictures: adam 0.0003 to 0.001, sgd
-    # 0.01, rmsprop 0.0001
+    optimizer: Literal["adam", "sgd", "rmsprop"] = "adam"
+    # adam is the safe choice; sgd with learning_rate 0.01 and poly is what most papers used
+    learning_rate: float = 0.002
+    # at the start (after warm-up); real pictures: adam 0.0003 to 0.001, sgd 0.01, rmsprop 0.0001
     backbone_lr_scale: float = 1.0  # factor on the backbone's learning rate; 0.1 with pretrained weights
     weight_decay: float = 1e-4  # L2 penalty on convolution weights; biases and normalisation have none
     momentum: float = 0.9  # of sgd (Nesterov) and rmsprop
-    scheduler: Literal["step", "poly", "plateau", "none"] = "poly"  # how the learning rate falls: in steps,
-    # to zero at the end, when the score stalls, or not
-    warmup_steps: int = 10  # optimizer steps over which the learning rate rises from zero first; real runs:
-    # 100 to 1000
+    scheduler: Literal["step", "poly", "plateau", "none"] = "poly"
+    # how the learning rate falls: in steps, to zero at the end, when the score stalls, or not
+    warmup_steps: int = 10
+    # steps over which the learning rate rises at first, at most half the run's; real data: 100 to 1000
     step_size: int = 30  # epochs between two drops (scheduler step)
     step_gamma: float = 0.1  # factor of each drop (scheduler step)
     poly_power: float = 0.9  # learning_rate x (1 - step / steps) to this power (scheduler poly)
@@ -109,23 +112,23 @@ class Config:
     epochs: int = 25  # passes over the training pictures; real data from random weights: 100 to 500
     batch_size: int = 4  # pictures a step, over all processes together; real data: 8 to 16
     accumulate: int = 1  # parts that a batch is computed in, one after the other, to save memory
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"  # mixed precision; auto: bf16 where the GPU or the
-    # CPU is faster in it, else off
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    # mixed precision; auto: bf16 where the GPU or the CPU is faster in it, else off
     channels_last: bool = True  # memory layout of convolutions; faster nearly everywhere
     compile: bool = False  # torch.compile: a minute at the start, then faster on a GPU; no gain on a CPU
     clip_grad: float = 0.0  # largest norm of the gradient; 0: no limit
-    ema_decay: float = 0.0  # average of the weights over steps, used for validation and prediction; 0: off,
-    # 0.999 is usual
+    ema_decay: float = 0.0
+    # average of the weights over steps, used for validation and prediction; 0: off, 0.999 is usual
     val_every: int = 1  # epochs between two validations; the last epoch always validates
     early_stop: int = 0  # stop after this many validations without a better score; 0: never
     monitor: Literal["iou", "dice"] = "iou"  # the mean score that decides what best.pt is
-    num_workers: int | None = None  # processes that load pictures; 0: none; None: none where the pictures are
-    # cached, else a few
+    num_workers: int | None = None
+    # processes that load pictures; None: 0 where pictures are cached or the CPU trains, else up to 8
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
     seed: int = 0  # start of every random draw
-    sync_batchnorm: bool = False  # batch norm over all processes' pictures: for few of them a GPU
-    deterministic: bool = False  # same numbers on a GPU in every run, at some speed; on a CPU they are so
-    # anyway
+    sync_batchnorm: bool = False  # batch norm over all processes' pictures (GPUs): for few of them on each
+    deterministic: bool = False
+    # same numbers on a GPU in every run, at some speed; on a CPU they are so anyway
     output_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # this run's folder in output_dir; None: model, date and time
     resume: str | None = None  # a run's folder, or auto (the newest unfinished one), to go on with

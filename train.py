@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
     PARSED = end_with(lambda: parse(Config, sys.argv[1:], __doc__))
 
 import hashlib
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -233,7 +234,11 @@ def build(
         precision=precision,
         train_set=train_set,
         val_set=val_set,
-        loader=Loader(train_set, num_workers=config.num_workers or 0, pin_memory=device.type == "cuda"),
+        loader=Loader(
+            train_set,
+            num_workers=loading_processes(config, train_set, device),
+            pin_memory=device.type == "cuda",
+        ),
         architecture={
             "name": config.model,
             **config.pick("num_classes", "in_channels"),
@@ -266,6 +271,13 @@ def build_datasets(config: Config, report: DataReport) -> tuple[SegmentationData
         said = data.use_cache(config.cache, config.cache_folder)
     print(said)
     return train_set, val_set
+
+
+def loading_processes(config: Config, data: SegmentationDataset, device: torch.device) -> int:
+    """As the setting says; by itself only for what must be decoded each time while a GPU computes."""
+    if config.num_workers is not None:
+        return config.num_workers
+    return 0 if data.cache is not None or device.type == "cpu" else min(8, os.cpu_count() or 1)
 
 
 def class_weights(config: Config, report: DataReport) -> list[float] | None:

@@ -100,7 +100,7 @@ def test_every_field_has_a_remark_and_help_shows_it_with_its_default():
 
 
 def test_a_remark_goes_on_in_the_comment_below_its_field():
-    assert field_remarks(Config)["resize"][1].endswith("windows cut at native scale")
+    assert field_remarks(Config)["resize"][1].endswith("cut in windows at its scale")
 
 
 def test_the_names_and_colours_of_mock_data_are_left_out_with_another_number_of_classes():
