@@ -61,12 +61,12 @@ class Config:
     # Model
     model: Literal["unet", "deeplabv3plus", "pspnet", "fcn", "segnet"] = "unet"  # the network
     backbone: str | None = None
-    # resnet18, 34, 50, 101 (deeplabv3plus, pspnet; None: resnet50) or vgg11, 13, 16, 19, also with _bn (fcn;
+    # resnet18, 34, 50, 101 (deeplabv3plus, pspnet; None: resnet50) or vgg11, 13, 16, 19, with _bn too (fcn;
     # None: vgg16_bn)
     pretrained: str = "none"
     # first weights of the backbone: none (random), imagenet (downloaded by torchvision), or a state-dict file
     output_stride: Literal[8, 16, 32] | None = None
-    # how much smaller than the picture the deepest map is (deeplabv3plus, pspnet); None: 16 and 8, the papers'
+    # how much smaller than the picture the deepest map is (deeplabv3plus, pspnet); None: the papers' 16 and 8
     separable: bool = False
     # depthwise separable convolutions in ASPP and decoder (deeplabv3plus): fewer parameters
     fcn_variant: Literal["8s", "16s", "32s"] = "8s"  # stride of the finest scores (fcn): 8s is finest
