@@ -116,6 +116,8 @@ def check_data(
     """
     wanted = parse_labels(labels)
     root = Path(root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"data_root {root} is not a folder. Give the folder that holds train/ and val/.")
     problems, warnings = Problems(root), []
     pairs = {split: pair_split(root / split, mask_suffix, problems, warnings) for split in SPLITS}
     snap_to = _snap_colours(wanted, class_colors)

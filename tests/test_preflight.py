@@ -123,7 +123,7 @@ def suffixed(root):
 
 
 REFUSED = {  # what is wrong: (how to make it, settings, what the message must name)
-    "no such root": (lambda r: shutil.rmtree(r), {}, ["train/images", "val/masks"]),
+    "no such root": (lambda r: shutil.rmtree(r), {}, ["data_root", "is not a folder"]),
     "no val folder": (lambda r: shutil.rmtree(r / "val"), {}, ["val/images"]),
     "no masks folder": (lambda r: shutil.rmtree(r / "train/masks"), {}, ["train/masks"]),
     "empty split": (
