@@ -37,6 +37,7 @@ class Args:
     # training masks were
     overlay: bool = True  # write each picture with its classes over it and a legend
     probabilities: bool = False  # write each picture's class probabilities, float16 (classes, height, width)
+    export: str | None = None  # write the network to this file, .pt2 or .onnx, and predict nothing
 
     # fmt: on
 
@@ -118,10 +119,11 @@ def main(args: Args) -> int:
     Raises:
         Fail: for all that the user can mend, before anything is written; code 1 where pictures were skipped.
     """
-    keep_freed_memory()
     with mendable():
         weights = Path(args.weights) if args.weights else newest_weights(Path(Config().output_dir))
         device = pick_device(args.device)
+        if args.export:
+            return write_network(weights, Path(args.export))
         model = load_model(weights, device)
         info = model.info
         num_classes = info.architecture["num_classes"]
@@ -134,6 +136,8 @@ def main(args: Args) -> int:
         output = Path(args.output)
         try_output(output)
         refuse_foreign_output(output)
+    if not any(is_large(path, num_classes) for path in files):  # else memory matters more than time
+        keep_freed_memory()
     network = Network(model, mean=info.mean, std=info.std, device=device, precision=precision, tta=args.tta)
     names = output_names(files, Path(args.input))
     print(
@@ -179,14 +183,43 @@ def main(args: Args) -> int:
     return 0
 
 
+def write_network(weights: Path, path: Path) -> int:
+    """Export the network of a checkpoint, and say how the file's logits differ from its own.
+
+    Raises:
+        ValueError: as `check_target` and `load_model`.
+        OSError: likewise, or the file cannot be written.
+    """
+    from utils.export import SIZES, check_target, export  # slow to import
+
+    check_target(path)
+    model = load_model(weights)
+    info = model.info
+    about = {
+        name: getattr(info, name) for name in ("class_names", "image_size", "resize", "palette", "epoch")
+    }
+    difference = export(model, path, mean=info.mean, std=info.std, about=about)
+    sizes = ", ".join(f"{count} x {height} x {width}" for count, height, width in SIZES)
+    print(
+        f"wrote {path}: images uint8 (N, {info.architecture['in_channels']}, H, W), as read from a picture, "
+        f"to logits (N, {info.architecture['num_classes']}, H, W)\n"
+        + (
+            f"its logits differ from the network's by {difference:.1e} of the largest, over {sizes}"
+            if difference is not None
+            else "not run: install onnxruntime to have it compared with the network"
+        )
+    )
+    return 0
+
+
 def window_of(info: Any, window: tuple[int, int] | None) -> tuple[int, int] | None:
     """The sliding window: the one asked for, the training windows' size for resize crop, or none."""
     return window or (tuple(info.image_size) if info.resize == "crop" else None)
 
 
 def chw(image: np.ndarray) -> Tensor:
-    """uint8 (H, W, C) as a tensor (C, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """uint8 (H, W, C) as a tensor (C, H, W), which shares its memory where that may be written to."""
+    return torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
 
 
 def refuse_foreign_output(output: Path) -> None:
@@ -232,6 +265,14 @@ class Found:
     probabilities: np.ndarray | None = None  # float16 (num_classes, H, W)
 
 
+def is_large(path: Path, num_classes: int) -> bool:
+    """Whether a picture is to be predicted strip by strip; what is no picture is told when it is read."""
+    try:
+        return count_pixels(path) * num_classes > LARGE
+    except (ValueError, OSError):
+        return False
+
+
 def read(args: Args, info: Any, path: Path) -> Found | ValueError | OSError:
     """Read one picture, decoding it once if that will do; a large one is left for later, errors returned."""
     in_channels, image_size = info.architecture["in_channels"], tuple(info.image_size)
@@ -242,7 +283,7 @@ def read(args: Args, info: Any, path: Path) -> Found | ValueError | OSError:
         return box.height, box.width
 
     try:
-        if count_pixels(path) * info.architecture["num_classes"] > LARGE:
+        if is_large(path, info.architecture["num_classes"]):
             return Found(large=LargePicture(path, in_channels))
         picture, size, _ = load_image(path, in_channels, reduce_to=content)
         image, box = fit(picture, image_size, resize, size)
@@ -363,7 +404,8 @@ def score(
     """Count a prediction against its mask, in `total` and alone; the columns of scores.csv."""
     own = ConfusionMatrix(len(info.class_names), info.ignore_index)
     with mendable():
-        target = encoding.encode(read_mask(truth, encoding.as_colours))
+        raw = read_mask(truth, encoding.as_colours)
+        target = np.concatenate([encoding.encode(raw[at : at + 2048]) for at in range(0, len(raw), 2048)])
         own.update(torch.from_numpy(ids), torch.from_numpy(target))
     total.merge(own)
     scores = own.scores()

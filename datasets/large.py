@@ -16,7 +16,7 @@ from .folder import read_fitted
 from .reading import MAX_PIXELS, DataError, _npy, _open, _orientation, _to_channels, load_image
 from .transforms import Box, fit, place, resize_image
 
-STEP = 256  # rows that are converted at a time
+STEP = 64  # rows that are converted at a time
 TURNS = {  # EXIF orientation: how the picture is turned to stand upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -91,12 +91,20 @@ class LargePicture:
         if self._array is not None:
             return self._array[top:bottom]
         with _naming(self.path):
-            height, width = self.size
-            first, last = (height - bottom, height - top) if self._turn in (3, 4, 7, 8) else (top, bottom)
-            # from 5 on, rows of the upright picture are columns of the file
-            part = self._picture.crop((first, 0, last, width) if self._turn >= 5 else (0, first, width, last))
-            part = part.transpose(TURNS[self._turn]) if self._turn != 1 else part
-            return _to_channels(part, self.in_channels)
+            found = np.empty((bottom - top, self.size[1], self.in_channels), np.uint8)
+            for first in range(top, bottom, STEP):
+                last = min(bottom, first + STEP)
+                found[first - top : last - top] = _to_channels(self._cut(first, last), self.in_channels)
+            return found
+
+    def _cut(self, top: int, bottom: int) -> Image.Image:
+        height, width = self.size
+        first, last = (height - bottom, height - top) if self._turn in (3, 4, 7, 8) else (top, bottom)
+        if self._turn >= 5:  # rows of the upright picture are columns of the file
+            part = self._picture.crop((first, 0, last, width))
+        else:
+            part = self._picture.crop((0, first, width, last))
+        return part.transpose(TURNS[self._turn]) if self._turn != 1 else part
 
     @property
     def _plain(self) -> bool:
@@ -119,9 +127,12 @@ class LargePicture:
         return fit(resize_image(narrow, (box.height, box.width)), image_size, resize, self.size)
 
     def reduced(self, side: int) -> np.ndarray:
-        """The whole picture with neither side above `side`, uint8 (h, w, C)."""
-        scale = min(1, side / max(self.size))
-        return self.fitted([max(1, round(scale * length)) for length in self.size], "stretch")[0]
+        """The whole picture with neither side above `side`, uint8 (h, w) or (h, w, 3), to be looked at."""
+        factor = max(1, -(-max(self.size) // side))
+        step, bands = factor * STEP, slice(3) if self.in_channels >= 3 else 0
+        strips = (self.rows(top, min(self.size[0], top + step)) for top in range(0, self.size[0], step))
+        reduced = [np.asarray(Image.fromarray(strip[..., bands]).reduce(factor)) for strip in strips]
+        return np.concatenate(reduced)
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """predict.py whole: what it writes, that it scores as training does, and what it refuses."""
 
 import csv
+import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -16,10 +18,11 @@ import train
 from datasets import fit, read_image
 from datasets.large import LargePicture
 from metrics import predicted_ids
-from models import load_model
+from models import MODELS, build_model, load_model
 from predict import Args
 from utils.cli import Fail, parse
-from utils.inference import Network
+from utils.export import export
+from utils.inference import Network, normalize
 
 ROOT = Path(__file__).parent.parent
 
@@ -251,7 +254,7 @@ def test_a_large_picture_takes_its_decoded_self_and_its_mask_and_little_more(arg
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split("lifted")[1]) < 500 * 2**20
     assert Image.open(tmp_path / "out" / "masks" / "l.png").size == (5000, 5000)
-    assert Image.open(tmp_path / "out" / "overlays" / "l.png").width == predict.DRAWN
+    assert Image.open(tmp_path / "out" / "overlays" / "l.png").width == 2500
 
 
 def test_earlier_predictions_are_replaced_but_never_somebody_elses_masks(args, data, tmp_path, capsys):
@@ -352,3 +355,49 @@ def test_the_command_line_ends_with_code_2_and_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "none.pt" in done.stderr
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore")
+def test_an_exported_program_gives_the_networks_logits_for_pictures_of_any_size(tmp_path, name):
+    torch.manual_seed(0)
+    small = {"unet": {"base_channels": 4}, "segnet": {"base_channels": 4}, "fcn": {"backbone": "vgg11_bn"}}
+    model = build_model(name, 3, **small.get(name, {"backbone": "resnet18"})).eval()
+    about = {"class_names": ["a", "b", "c"]}
+    path = tmp_path / "net.pt2"
+    assert export(model, path, mean=[0.4] * 3, std=[0.2] * 3, about=about) < 1e-4
+    found = {"info.json": ""}
+    program = torch.export.load(path, extra_files=found).module()
+    pictures = torch.randint(0, 256, (2, 3, 39, 70), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model(normalize(pictures, [0.4] * 3, [0.2] * 3))
+        assert torch.allclose(program(pictures), expected, atol=1e-3 * float(expected.abs().max()))
+    assert json.loads(found["info.json"]) == about
+
+
+def test_export_writes_a_file_and_predicts_nothing(args, tmp_path, capsys):
+    predict.main(args(export=str(tmp_path / "net.pt2")))
+    assert "differ from the network's by" in capsys.readouterr().out
+    assert (tmp_path / "net.pt2").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("net.pt", ".pt2 or .onnx"), ("no/net.pt2", "no folder"), ("runs.pt2", "exists")]
+)
+def test_what_cannot_be_exported_is_refused(args, tmp_path, name, words):
+    (tmp_path / "runs.pt2").write_bytes(b"mine")
+    with pytest.raises(Fail, match=words):
+        predict.main(args(export=str(tmp_path / name)))
+    assert (tmp_path / "runs.pt2").read_bytes() == b"mine"
+
+
+def test_onnx_is_compared_with_the_network_or_refused_with_the_packages_to_install(args, tmp_path, capsys):
+    given = args(export=str(tmp_path / "net.onnx"))
+    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):
+        predict.main(given)
+        assert (tmp_path / "net.onnx").stat().st_size > 1000
+    else:
+        with pytest.raises(Fail, match="pip install onnx"):
+            predict.main(given)
+        assert not (tmp_path / "net.onnx").exists()

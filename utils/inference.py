@@ -162,7 +162,7 @@ def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
     return fused.requires_grad_(False).eval()
 
 
-def restored_strips(logits: Tensor, box: Any, elements: int = 2**24) -> Iterator[tuple[int, int, Tensor]]:
+def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator[tuple[int, int, Tensor]]:
     """What `restore` gives, but for rounding, in strips of so many numbers from top to bottom.
 
     Yields:

@@ -1,0 +1,130 @@
+"""A network as a file that runs without this code: a `torch.export` program (.pt2) or ONNX (.onnx).
+
+Its input `images` is uint8 (N, C, H, W), as read from a picture; normalisation is inside, batch norm folded.
+Batch, height and width are free, from 33 pixels a side. What is written is run here on several sizes, beside
+the network it was made of; a program from elsewhere is never loaded.
+"""
+
+import copy
+import importlib
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoint import write_atomic
+from utils.inference import fold_batch_norm, normalize
+
+SIZES = ((1, 64, 64), (3, 96, 128), (2, 33, 47), (1, 160, 90))  # (batch, height, width) that are tried
+ONNX_PACKAGES = ("onnx", "onnxscript")
+
+
+class Exportable(nn.Module):
+    """A network with its normalisation in front.
+
+    Shape:
+        images (N, C, H, W) uint8 → logits (N, num_classes, H, W) float32.
+    """
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.model, self.mean, self.std = model, list(mean), list(std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of pictures as they are read."""
+        return self.model(normalize(images, self.mean, self.std, channels_last=False))
+
+
+def check_target(path: Path) -> None:
+    """Refuse what cannot be written, before any work.
+
+    Raises:
+        ValueError: the ending is none of the two, or packages are not installed.
+        FileExistsError: there is such a file.
+        FileNotFoundError: there is no such folder.
+    """
+    if path.suffix not in (".pt2", ".onnx"):
+        raise ValueError(f"export must end in .pt2 or .onnx; got {path}. The ending says which to write")
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if path.suffix == ".onnx" and missing:
+        raise ValueError(
+            f"export to ONNX needs the packages {' and '.join(ONNX_PACKAGES)}; {' and '.join(missing)} not "
+            f"installed. Install with: pip install {' '.join(ONNX_PACKAGES)} onnxruntime; or export to .pt2"
+        )
+    if path.exists():
+        raise FileExistsError(f"export: {path} exists already. Remove it, or give another name")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"export: no folder {path.parent}. Make it first")
+
+
+def export(
+    model: nn.Module, path: Path, *, mean: Sequence[float], std: Sequence[float], about: dict[str, Any]
+) -> float | None:
+    """Write `model` and compare what was written with it on `SIZES`.
+
+    Args:
+        model: in eval mode, on the CPU; it is left as it is.
+        path: ending in .pt2 or .onnx; see `check_target`.
+        mean: of each channel, in 0..1.
+        std: of each channel, in 0..1.
+        about: plain values that go into the file, as JSON under `info`.
+
+    Returns:
+        The largest difference between the file's logits and the network's, as a share of the largest logit;
+        None where nothing installed can run the file.
+    """
+    network = Exportable(model, mean, std).eval()
+    folded = Exportable(fold_batch_norm(copy.deepcopy(model), len(mean)), mean, std).eval()
+    batch, height, width = (
+        torch.export.Dim("batch"),
+        *(torch.export.Dim(n, min=33) for n in ("height", "width")),
+    )
+    example = (torch.zeros(2, len(mean), 64, 96, dtype=torch.uint8),)
+    shapes = {"images": {0: batch, 2: height, 3: width}}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # about what export itself does
+        program = torch.export.export(folded, example, dynamic_shapes=shapes)
+        if path.suffix == ".pt2":
+            extra = {"info.json": json.dumps(about)}
+            write_atomic(path, lambda file: torch.export.save(program, file, extra_files=extra))
+            run: Callable[[Tensor], Tensor] | None = program.module()
+        else:
+            run = write_onnx(program, example, path, about)
+    return largest_difference(network, run, len(mean)) if run else None
+
+
+def write_onnx(
+    program: torch.export.ExportedProgram, example: tuple, path: Path, about: dict[str, Any]
+) -> Callable[[Tensor], Tensor] | None:
+    """Write ONNX with the weights inside; a function that runs it, where onnxruntime is installed."""
+    made = torch.onnx.export(
+        program, example, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+    )
+    proto = made.model_proto
+    proto.metadata_props.add(key="info", value=json.dumps(about))
+    content = proto.SerializeToString()
+    write_atomic(path, lambda file: file.write(content))
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    session = importlib.import_module("onnxruntime").InferenceSession(
+        content, providers=["CPUExecutionProvider"]
+    )
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+@torch.no_grad()
+def largest_difference(network: nn.Module, run: Callable[[Tensor], Tensor], channels: int) -> float:
+    """Of two functions of pictures, over `SIZES`, as a share of the largest logit."""
+    generator, worst = torch.Generator().manual_seed(0), 0.0
+    for count, height, width in SIZES:
+        images = torch.randint(
+            0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator
+        )
+        wanted = network(images)
+        worst = max(worst, float((run(images) - wanted).abs().max() / wanted.abs().max()))
+    return worst
