@@ -201,7 +201,7 @@ def build(
     torch.use_deterministic_algorithms(config.deterministic)
     if device.type == "cuda" and precision != torch.float32:
         torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
-    train_set, val_set = build_datasets(config, report)
+    train_set, val_set = build_datasets(config, report, processes)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout)
     if config.freeze_backbone:
@@ -260,7 +260,9 @@ def build(
     )
 
 
-def build_datasets(config: Config, report: DataReport) -> tuple[SegmentationDataset, SegmentationDataset]:
+def build_datasets(
+    config: Config, report: DataReport, processes: Processes
+) -> tuple[SegmentationDataset, SegmentationDataset]:
     """Training pictures with augmentation, validation pictures without."""
     shared = config.pick("image_size", "resize", "in_channels", "ignore_index", "seed")
     shared["encoding"] = report.encoding
@@ -269,6 +271,7 @@ def build_datasets(config: Config, report: DataReport) -> tuple[SegmentationData
     val_set = SegmentationDataset(report.val, evaluation=True, **shared)
     for data in (train_set, val_set):
         said = data.use_cache(config.cache, config.cache_folder)
+        data.fill_cache(progress_bar, processes.rank, processes.world_size)
     print(said)
     return train_set, val_set
 
