@@ -180,6 +180,10 @@ def test_a_state_dict_makes_an_equal_model(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14),
+    reason="an older torch.export keeps to sizes that pool evenly (seen with 2.10)",
+)
 @pytest.mark.filterwarnings("ignore")
 def test_an_exported_model_takes_any_batch_height_and_width(name):
     model = small_model(name).eval()
