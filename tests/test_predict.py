@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from metrics import predicted_ids
 from models import MODELS, build_model, load_model
 from predict import Args
 from utils.cli import Fail, parse
-from utils.export import export
+from utils.export import PooledByProducts, export
 from utils.inference import Network, normalize
 
 ROOT = Path(__file__).parent.parent
@@ -401,3 +402,26 @@ def test_onnx_is_compared_with_the_network_or_refused_with_the_packages_to_insta
         with pytest.raises(Fail, match="pip install onnx"):
             predict.main(given)
         assert not (tmp_path / "net.onnx").exists()
+
+
+@pytest.mark.parametrize("bins", [2, 3, 6])
+def test_pooling_for_onnx_equals_adaptive_pooling(bins):
+    x = torch.randn(2, 3, 11, 16)
+    assert torch.allclose(PooledByProducts(bins)(x), torch.nn.AdaptiveAvgPool2d(bins)(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [2, 256, 300])
+def test_a_written_mask_reads_back_as_the_ids_of_the_network(tmp_path, num_classes):
+    logits = torch.randn(1, num_classes, 24, 40)
+    info = SimpleNamespace(palette=[[0, 0, 0]] * num_classes)
+    ids = predicted_ids(logits)[0].numpy()
+    predict.save(Args(output=str(tmp_path)), info, None, "a", predict.Found(ids=ids))
+    assert np.array_equal(np.array(Image.open(tmp_path / "masks" / "a.png")), logits.argmax(1)[0].numpy())
+
+
+def test_a_large_picture_that_is_truncated_is_named(tmp_path):
+    path = tmp_path / "cut.png"
+    turned_picture(path, "RGB", 1)
+    path.write_bytes(path.read_bytes()[:20000])
+    with pytest.raises(ValueError, match="cut.png"), LargePicture(path, 3) as picture:
+        picture.rows(0, 10)

@@ -40,6 +40,25 @@ class Exportable(nn.Module):
         return self.model(normalize(images, self.mean, self.std, channels_last=False))
 
 
+class PooledByProducts(nn.Module):
+    """AdaptiveAvgPool2d as two matrix products, for ONNX, which has no such pooling of free sizes."""
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Average (N, C, H, W) over `bins` x `bins` parts."""
+        return self._parts(x.shape[-2]) @ x @ self._parts(x.shape[-1]).T
+
+    def _parts(self, length: int) -> Tensor:
+        """(bins, length): 1 / count for each place of a part, floor(i n / b) to ceil((i + 1) n / b)."""
+        part, place = torch.arange(self.bins)[:, None], torch.arange(length)[None]
+        low = part * length // self.bins
+        high = ((part + 1) * length + self.bins - 1) // self.bins
+        return ((place >= low) & (place < high)).float() / (high - low)
+
+
 def check_target(path: Path) -> None:
     """Refuse what cannot be written, before any work.
 
@@ -80,6 +99,11 @@ def export(
     """
     network = Exportable(model, mean, std).eval()
     folded = Exportable(fold_batch_norm(copy.deepcopy(model), len(mean)), mean, std).eval()
+    if path.suffix == ".onnx":
+        for stage in folded.modules():
+            for name, child in list(stage.named_children()):
+                if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size != 1:
+                    setattr(stage, name, PooledByProducts(child.output_size))
     batch, height, width = (
         torch.export.Dim("batch"),
         *(torch.export.Dim(n, min=33) for n in ("height", "width")),
