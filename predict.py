@@ -406,6 +406,11 @@ def score(
     with mendable():
         raw = read_mask(truth, encoding.as_colours)
         target = np.concatenate([encoding.encode(raw[at : at + 2048]) for at in range(0, len(raw), 2048)])
+        if target.shape != ids.shape:
+            size, other = (" x ".join(map(str, found.shape)) for found in (target, ids))
+            raise ValueError(
+                f"{truth} is {size}, its picture {other}. Give truth the masks of these pictures"
+            )
         own.update(torch.from_numpy(ids), torch.from_numpy(target))
     total.merge(own)
     scores = own.scores()

@@ -105,17 +105,21 @@ def load_image(
             return array, array.shape[:2], 1
         with _open(path, max_pixels, data) as picture:
             orientation = _orientation(picture)
-            width, height = picture.size if orientation < 5 else picture.size[::-1]
+            size = None  # the array's, but for a reduced JPEG
             pages = getattr(picture, "n_frames", 1)
             if pages > 1 and picture.format != "MPO":  # MPO: a phone's JPEG with a second view behind it
-                return _pages(picture, pages, in_channels), (height, width), orientation
+                array = _pages(picture, pages, in_channels)
+                return array, array.shape[:2], orientation
             if reduce_to is not None and picture.format in ("JPEG", "MPO"):
+                width, height = picture.size if orientation < 5 else picture.size[::-1]
+                size = (height, width)
                 reduce_to = reduce_to((height, width)) if callable(reduce_to) else reduce_to
                 box = reduce_to if orientation < 5 else reduce_to[::-1]
                 picture.draft(None, (max(1, box[1]), max(1, box[0])))
             if orientation != 1:
                 picture = ImageOps.exif_transpose(picture)
-            return np.ascontiguousarray(_to_channels(picture, in_channels)), (height, width), orientation
+            array = np.ascontiguousarray(_to_channels(picture, in_channels))
+            return array, size or array.shape[:2], orientation
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except FileNotFoundError:

@@ -39,7 +39,7 @@ class AtrousConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, in_channels, H, W)."""
         if not torch.compiler.is_exporting() and self.dilation[0] >= max(x.shape[-2:]):
-            return F.conv2d(x, self.weight[:, :, 1:2, 1:2], groups=self.groups)
+            return F.conv2d(x, self.weight[:, :, 1:2, 1:2], self.bias, groups=self.groups)
         return super().forward(x)
 
 

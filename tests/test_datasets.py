@@ -11,6 +11,7 @@ from PIL import Image
 
 from datasets import Augmentation, DataError, Encoding, Pair, find_images, fit, read_image, read_mask
 from datasets.folder import SegmentationDataset, read_fitted
+from datasets.reading import load_image
 from datasets.sampling import Loader, epoch_batches, evaluation_shard
 
 RNG = np.random.default_rng(0)
@@ -293,3 +294,14 @@ def test_workers_that_are_spawned_make_the_same_batches(tmp_path):
 
 def _same(batch):
     return batch
+
+
+@pytest.mark.parametrize("suffix", ["tif", "jpg", "png"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_of_a_turned_picture_is_that_of_its_array(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    Image.new("RGB", (50, 30), (200, 10, 10)).save(path, exif=exif)
+    array, size, _ = load_image(path, 3)
+    assert array.shape[:2] == size == ((30, 50) if orientation < 5 else (50, 30))

@@ -346,3 +346,11 @@ def test_the_folder_alone_runs_with_torch_as_the_only_package(tmp_path):
 
 def test_every_network_is_exported_by_name():
     assert set(MODELS.values()) == {UNet, DeepLabV3Plus, PSPNet, FCN, SegNet}
+
+
+def test_an_atrous_convolution_keeps_a_bias_on_small_maps():
+    conv = AtrousConv2d(2, 3, dilation=12)
+    conv.bias = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(
+        conv(torch.zeros(1, 2, 5, 5)), conv.bias[None, :, None, None].expand(1, 3, 5, 5)
+    )

@@ -337,6 +337,13 @@ def test_wrong_input_is_refused_and_nothing_is_written(args, tmp_path, changes, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_truth_of_another_size_is_refused_by_its_name(args, data):
+    given = args(truth=str(data / "val" / "masks"))
+    Image.new("L", (20, 30)).save(data / "val" / "masks" / "p1.png")
+    with pytest.raises(Fail, match="p1.png is 30 x 20, its picture 40 x 64"):
+        predict.main(given)
+
+
 def test_threshold_is_refused_for_more_than_two_classes(args):
     with pytest.raises(Fail, match="two classes"):
         predict.main(args({"num_classes": 3}, threshold=0.5))
@@ -358,6 +365,12 @@ def test_the_command_line_ends_with_code_2_and_one_line(tmp_path):
     assert "none.pt" in done.stderr
 
 
+needs_export = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14), reason="export needs torch 2.14"
+)
+
+
+@needs_export
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore")
 def test_an_exported_program_gives_the_networks_logits_for_pictures_of_any_size(tmp_path, name):
@@ -376,6 +389,7 @@ def test_an_exported_program_gives_the_networks_logits_for_pictures_of_any_size(
     assert json.loads(found["info.json"]) == about
 
 
+@needs_export
 def test_export_writes_a_file_and_predicts_nothing(args, tmp_path, capsys):
     predict.main(args(export=str(tmp_path / "net.pt2")))
     assert "differ from the network's by" in capsys.readouterr().out
@@ -383,6 +397,7 @@ def test_export_writes_a_file_and_predicts_nothing(args, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@needs_export
 @pytest.mark.parametrize(
     ("name", "words"), [("net.pt", ".pt2 or .onnx"), ("no/net.pt2", "no folder"), ("runs.pt2", "exists")]
 )

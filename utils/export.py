@@ -21,6 +21,7 @@ from utils.checkpoint import write_atomic
 from utils.inference import fold_batch_norm, normalize
 
 SIZES = ((1, 64, 64), (3, 96, 128), (2, 33, 47), (1, 160, 90))  # (batch, height, width) that are tried
+OLDEST_TORCH = (2, 14)  # 2.10 kept exported networks to sizes that pool evenly
 ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
@@ -69,6 +70,11 @@ def check_target(path: Path) -> None:
     """
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"export must end in .pt2 or .onnx; got {path}. The ending says which to write")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        raise ValueError(
+            f"export needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, whose programs take any size; this is "
+            f"{torch.__version__}. Install a newer torch"
+        )
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if path.suffix == ".onnx" and missing:
         raise ValueError(
