@@ -52,11 +52,12 @@ class Config:
     hflip: float = 0.5  # probability of a flip left to right; 0 where left and right differ in meaning
     vflip: float = 0.0
     # probability of a flip upside down; 0.5 for pictures from above and under the microscope
-    scale: tuple[float, float] = (0.75, 1.5)
-    # lowest and highest zoom, drawn anew each time, then cut or padded to image_size; 1 1: off
+    scale: tuple[float, float] = (1.0, 1.0)
+    # lowest and highest zoom, then cut or padded to image_size; 1 1: off; long runs on real pictures: 0.5 2
     rotate: float = 0.0
     # largest rotation in degrees, either way; 10 is usual for street scenes, 180 for pictures from above
-    color_jitter: float = 0.2  # strength of random brightness, contrast and saturation, 0 to 1; 0: off
+    color_jitter: float = 0.0
+    # strength of random brightness, contrast and saturation, 0 to 1; 0: off; long runs on real pictures: 0.3
 
     # Model
     model: Literal["unet", "deeplabv3plus", "pspnet", "fcn", "segnet"] = "unet"  # the network
@@ -109,7 +110,7 @@ class Config:
     plateau_patience: int = 5  # validations without a better score before a drop (scheduler plateau)
 
     # Run
-    epochs: int = 25  # passes over the training pictures; real data from random weights: 100 to 500
+    epochs: int = 22  # passes over the training pictures; real data from random weights: 100 to 500
     batch_size: int = 4  # pictures a step, over all processes together; real data: 8 to 16
     accumulate: int = 1  # parts that a batch is computed in, one after the other, to save memory
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"

@@ -33,12 +33,27 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A folder for the run of the default training, which many tests start from."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.fixture
-def args(settings, data, tmp_path):
-    """Train for an epoch and make Args for that run; any field can be given."""
+def args(settings, data, tmp_path, kept):
+    """Train for an epoch and make Args for that run; any field can be given.
+
+    The data that a test has not changed is the same every time, so the run without settings is made once.
+    """
 
     def make(training=None, **changes):
-        folder = train.main(settings(**{"epochs": 1, **(training or {})}))
+        folder = tmp_path / "runs" / "run"
+        if training is None and (kept / "run").exists():
+            shutil.copytree(kept / "run", folder)
+        else:
+            train.main(settings(**{"epochs": 1, **(training or {})}))
+            if training is None:
+                shutil.copytree(folder, kept / "run")
         given = dict(
             weights=str(folder / "best.pt"), input=str(data / "val" / "images"), output=str(tmp_path / "out")
         )
