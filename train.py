@@ -29,10 +29,10 @@ from datasets.transforms import Augmentation, mean_std
 from losses import AuxLoss, build_loss, median_frequency_weights
 from metrics import ConfusionMatrix, Scores, predicted_ids
 from models import build_model, load_pretrained, read_checkpoint
+from models.checkpoint import FORMAT
 from utils import distributed, visualize
 from utils import run as run_files
 from utils.checkpoint import (
-    FORMAT,
     first_non_finite,
     load_fitting,
     plain_weights,

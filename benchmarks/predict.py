@@ -34,7 +34,8 @@ from timing import interleave, machine, print_table, spread, write_json
 import predict
 from datasets import find_images
 from models import build_model, load_model
-from utils.checkpoint import FORMAT, plain_weights, save_atomic
+from models.checkpoint import FORMAT
+from utils.checkpoint import plain_weights, save_atomic
 
 RANDOM = {
     "unet": {"base_channels": 64},

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-FORMAT = 1  # version of the checkpoint's layout; an unknown one is refused when read
 TEMPORARY = ".writing"  # ending of a file that is not whole yet
 
 
