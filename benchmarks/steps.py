@@ -25,46 +25,30 @@ float32 each network reaches torchvision's rate, and the separable one is no slo
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from contextlib import ExitStack, closing
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import torch
 from timing import machine, options, print_goals, print_table, ratios, rotation, spread, write_json
-from worker import NETWORKS, Case, Worker, product_rates
+from worker import NETWORKS, WAYS, Case, Worker, product_rates
 
-CASES = {
-    "ours": dict(),
-    "off": dict(settings={"amp": "off"}),
-    "plain": dict(maker="plain", trainer=torch.float32),
-    "bf16": dict(maker="plain", trainer=torch.bfloat16, channels_last=True),
-    "smp": dict(maker="smp", trainer=torch.float32),
-    "smp_bf16": dict(maker="smp", trainer=torch.bfloat16, channels_last=True),
-    "eager": dict(trainer=torch.float32, channels_last=True),
-    "eager_smp": dict(maker="smp", trainer=torch.float32, channels_last=True),
-    "eager_torchvision": dict(maker="torchvision", trainer=torch.float32, channels_last=True),
-}
 VGG_LIKE = ("unet", "segnet", "fcn")
 
 
 def measure(network: str, args) -> dict[str, dict]:
     """Each case's `ready` and, round by round, what it answered; with the machine's rates under `limit`."""
-    workers, found = {}, {}
-    for name in args.cases:
-        if "smp" in name and not network.startswith("separable"):
-            continue
-        case = Case(network, size=args.size, batch=args.batch, classes=args.classes, **CASES[name])
-        workers[name] = Worker(case)
-        found[name] = {**workers[name].ready, "rounds": []}
-    limits = []
-    alive = [name for name in workers if "absent" not in found[name]]
-    for _, names in rotation(alive, args.rounds):
-        limits.append(product_rates(args.product))
-        for name in names:
-            found[name]["rounds"].append(workers[name].steps(args.steps))
-    for worker in workers.values():
-        worker.close()
+    workers, found, limits = {}, {}, []
+    with ExitStack() as stack:
+        for name in args.cases:
+            if "smp" in name and not network.startswith("separable"):
+                continue
+            case = Case(network, size=args.size, batch=args.batch, classes=args.classes, **WAYS[name])
+            worker = stack.enter_context(closing(Worker(case)))
+            found[name] = {**worker.ready, "rounds": []}
+            if "absent" not in worker.ready:
+                workers[name] = worker
+        for _, names in rotation(workers, args.rounds):
+            limits.append(product_rates(args.product))
+            for name in names:
+                found[name]["rounds"].append(workers[name].steps(args.steps))
     return {"limit": limits, "cases": found}
 
 
@@ -137,7 +121,7 @@ def goals_of(network: str, found: dict) -> list[tuple]:
 def main() -> None:
     parser = options(__doc__, "steps")
     parser.add_argument("--models", nargs="*", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
-    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES)[:6], metavar="NAME")
+    parser.add_argument("--cases", nargs="*", choices=WAYS, default=list(WAYS)[:6], metavar="NAME")
     parser.add_argument("--steps", type=int, default=1, help="of each case in a round")
     parser.add_argument("--size", type=int, default=256, help="height and width of the pictures, pixels")
     parser.add_argument("--batch", type=int, default=4)

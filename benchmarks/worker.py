@@ -48,6 +48,18 @@ NETWORKS: dict[str, dict[str, Any]] = {  # settings of Config
     "separable_resnet50": dict(model="deeplabv3plus", backbone="resnet50", separable=True),
 }
 
+WAYS: dict[str, dict[str, Any]] = {  # of a training step; steps.py says what each is
+    "ours": dict(),
+    "off": dict(settings={"amp": "off"}),
+    "plain": dict(maker="plain", trainer=torch.float32),
+    "bf16": dict(maker="plain", trainer=torch.bfloat16, channels_last=True),
+    "smp": dict(maker="smp", trainer=torch.float32),
+    "smp_bf16": dict(maker="smp", trainer=torch.bfloat16, channels_last=True),
+    "eager": dict(trainer=torch.float32, channels_last=True),
+    "eager_smp": dict(maker="smp", trainer=torch.float32, channels_last=True),
+    "eager_torchvision": dict(maker="torchvision", trainer=torch.float32, channels_last=True),
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -155,7 +167,34 @@ def our_step(run: Any) -> Callable[[], object]:
     import train
 
     images, masks = run.train_set.batch([(0, index) for index in range(run.config.batch_size)])
+    if run.device.type == "cuda":  # as the loader does
+        images, masks = images.pin_memory(), masks.pin_memory()
     return lambda: train.train_step(run, images, masks, epoch=0, step=0)
+
+
+def our_epoch(run: Any) -> dict[str, float]:
+    """An epoch of train.py's loop over the data: pictures per second and the share of waiting for them."""
+    import train
+
+    run.clock.seconds = dict.fromkeys(run.clock.seconds, 0.0)
+    run.progress.step, run.progress.sums = 0, {}
+    start = time.perf_counter()
+    train.train_one_epoch(run)
+    seconds = time.perf_counter() - start  # the loss was read, so that all is done
+    run.progress.epoch += 1
+    return {"rate": len(run.train_set) / seconds, "waiting": run.clock.share("data")}
+
+
+def wait_inside(step: Callable[[], object]) -> str:
+    """Where a step makes the host wait for the GPU; empty where nowhere."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
 
 
 def plain_step(case: Case) -> tuple[Callable[[], object], str]:
@@ -194,14 +233,14 @@ def plain_step(case: Case) -> tuple[Callable[[], object], str]:
 
 def timed(step: Callable[[], object], count: int, device: str) -> dict[str, float]:
     """Seconds and page faults a step, the share of kernel time, and the peak memory so far."""
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    on_gpu = device.startswith("cuda")
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     wait()
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     for _ in range(count):
         step()
     wait()
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
-    on_gpu = device.startswith("cuda")
     return {
         "seconds": seconds / count,
         "faults": (after.ru_minflt - before.ru_minflt) / count,
@@ -211,29 +250,37 @@ def timed(step: Callable[[], object], count: int, device: str) -> dict[str, floa
 
 
 def serve(case: Case, pipe: Connection) -> None:
-    """Get ready, say so, then do as many steps as each message says and answer with `timed`."""
+    """Get ready, say so, then do as many steps as each message says, or an epoch, and answer."""
     torch.manual_seed(0)
+    about: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         try:
             if case.trainer is None:
                 run = our_run(case, Path(folder))
                 step, precision, loss = our_step(run), run.precision, run.config.loss
+                about["fused"] = bool(run.optimizer.defaults.get("fused"))
             else:
                 (step, loss), precision = plain_step(case), case.trainer
-            work = floating_point_work(case)
+            about |= {"precision": str(precision).removeprefix("torch."), "loss": loss}
+            about["work"] = floating_point_work(case)
         except ModuleNotFoundError as error:
             if error.name not in PEERS:
                 raise
             pipe.send({"absent": f"{error.name} is not installed"})
             return
-        timed(step, 2, case.device)  # what comes once is over by then
-        pipe.send({"precision": str(precision).removeprefix("torch."), "loss": loss, "work": work})
+        on_gpu = case.device.startswith("cuda")
+        timed(
+            step, 5 if on_gpu else 2, case.device
+        )  # what comes once (on a GPU: tuning, graphs) is over then
+        if on_gpu:
+            about["waits"] = wait_inside(step)
+        pipe.send(about)
         while True:
             try:
-                count = pipe.recv()
+                message = pipe.recv()
             except EOFError:
                 return
-            pipe.send(timed(step, count, case.device))
+            pipe.send(our_epoch(run) if message == "epoch" else timed(step, message, case.device))
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -244,7 +291,8 @@ class Worker:
     """A case's process.
 
     Attributes:
-        ready: precision, loss and floating-point work a step; or under `absent` why there will be none.
+        ready: precision, loss and floating-point work a step, of ours also whether the optimizer is fused and
+            on a GPU where a step waits for it; or under `absent` why there is none.
     """
 
     def __init__(self, case: Case) -> None:
@@ -257,6 +305,11 @@ class Worker:
     def steps(self, count: int) -> dict[str, float]:
         """Do so many; see `timed`."""
         self._pipe.send(count)
+        return self._answer()
+
+    def epoch(self) -> dict[str, float]:
+        """Of ours: see `our_epoch`."""
+        self._pipe.send("epoch")
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
