@@ -15,8 +15,6 @@ resident size with logits and masks there, in multiples of the logits; nothing i
 
 from __future__ import annotations
 
-import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from timing import (
     spread,
     write_json,
 )
+from worker import CONTEXT
 
 from losses import LOSSES, build_loss
 from metrics import ConfusionMatrix, predicted_ids
@@ -88,13 +87,13 @@ def step(loss_fn, logits, masks):
 
 
 def peak(name, shape, layout):
-    """Print by how much one step lifts this process's peak resident size, in multiples of the logits."""
+    """Return by how much one step lifts this process's peak resident size, in multiples of the logits."""
     loss_fn = loss_by_name(name, classes_of(shape))
     step(loss_fn, *tensors(f"1x{classes_of(shape)}x8x8", layout))  # load what is loaded once
     logits, masks = tensors(shape, layout)
     before = resident("VmRSS")
     step(loss_fn, logits, masks)
-    print((resident("VmHWM") - before) / (logits.numel() * logits.element_size()))
+    return (resident("VmHWM") - before) / (logits.numel() * logits.element_size())
 
 
 def measure_losses(shape, layout, args):
@@ -109,8 +108,8 @@ def measure_losses(shape, layout, args):
     memory, rows, goals = {}, [], []
     for name in seconds:
         if args.device == "cpu":
-            command = [sys.executable, __file__, "--peak", name, shape, layout]
-            memory[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            with CONTEXT.Pool(1) as new_process:
+                memory[name] = new_process.apply(peak, (name, shape, layout))
         faster = ratios(seconds[name], seconds["joint"]) if "joint" in seconds else []
         if faster and name in GOALS:
             goals.append((f"{shape} {layout}: {name}'s time / joint's", GOALS[name], faster, False))
@@ -162,11 +161,7 @@ def main():
     every = (*OURS, TORCH, SMP, MONAI)
     parser.add_argument("--losses", nargs="*", choices=every, default=every, metavar="NAME")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak:
-        peak(*args.peak)
-        return
     torch.manual_seed(0)
     description = machine("segmentation_models_pytorch", "monai")
     results = {"settings": vars(args), "machine": description, "losses": {}, "metrics": {}}

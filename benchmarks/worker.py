@@ -284,7 +284,7 @@ def serve(case: Case, pipe: Connection) -> None:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch"])
+CONTEXT.set_forkserver_preload(["torch", "torch._dynamo"])  # the latter comes with any optimizer, in 2 s
 
 
 class Worker:
