@@ -108,7 +108,12 @@ def print_goals(goals: Sequence[tuple]) -> None:
         met = middle <= goal if at_most else middle >= goal
         sign = "at most" if at_most else "at least"
         rows.append(
-            (what, f"{sign} {goal:g}", spread(values, 0 if goal >= 100 else 2), "yes" if met else "NO")
+            (
+                what,
+                f"{sign} {round(goal, 2):g}",
+                spread(values, 0 if goal >= 100 else 2),
+                "yes" if met else "NO",
+            )
         )
     if rows:
         print()
