@@ -1,6 +1,6 @@
 """Samples per second from files to normalised batches: ours, a torchvision-style pipeline, albumentations.
 
-    python benchmarks/data.py --data DATA_ROOT --num_classes 11 --ignore_index 11 --json out.json
+    python benchmarks/data.py --data DATA_ROOT --num_classes 11 --ignore_index 11
 
 DATA_ROOT/{train,val}/{images,masks} is read as it is and, with --photos, also as 1920 x 1440 JPEG photos of
 quality 90 with PNG masks, made from the first of its pictures. Every pipeline does the same: random zoom 0.5
@@ -9,7 +9,6 @@ runs in this process on --threads threads, once decoding everything (first pass)
 (later passes); the others run in this process and in as many loader workers. albumentations is optional.
 """
 
-import argparse
 import random
 import statistics
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timing import interleave, machine, print_table, spread, write_json
+from timing import interleave, machine, options, print_table, ratios, spread, write_json
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -145,7 +144,7 @@ def measure(pairs, encoding, args) -> dict[str, list[float]]:
 
         peers["albumentations"] = Albumentations
     except ImportError:
-        print("albumentations is not installed; left out")
+        print("albumentations: not measured, it is not installed")
     for name, kind in peers.items():
         dataset = kind(pairs, args.size, args.ignore_index)
         for workers in (0, args.threads):
@@ -157,9 +156,7 @@ def measure(pairs, encoding, args) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, "data")
     parser.add_argument("--data", default="mock_data")
     parser.add_argument("--num_classes", type=int, default=4)
     parser.add_argument("--ignore_index", type=int, default=255)
@@ -167,8 +164,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--photos", type=int, default=32, help="how many large photos to make; 0: none")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write every measurement here")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
@@ -184,14 +179,12 @@ def main() -> None:
             results["1920 x 1440 photos"] = measure(photos.train, photos.encoding, args)
     rows = []
     for data in list(results)[2:]:
-        best = max(
-            statistics.median(v) for name, v in results[data].items() if name.startswith("torchvision")
-        )
+        theirs = [values for name, values in results[data].items() if name.startswith("torchvision")]
+        best = max(theirs, key=statistics.median)
         for name, values in results[data].items():
-            rows.append([data, name, spread(values), f"{statistics.median(values) / best:.1f}"])
+            rows.append([data, name, spread(values), spread(ratios(values, best), 1)])
     print_table(["data", "pipeline", "samples/s: median (lowest..highest)", "to torchvision's best"], rows)
-    if args.json:
-        write_json(args.json, results)
+    write_json(args.output, results)
 
 
 if __name__ == "__main__":
