@@ -11,7 +11,7 @@ Batches of 4 pictures of 256 x 256. The cases, each in a process of its own, in 
 - smp, smp_bf16: segmentation_models.pytorch's DeepLabV3Plus of the same backbone in these two ways, beside
   our separable one;
 - eager, eager_smp, eager_torchvision: our network as it is, that one, and torchvision's deeplabv3_resnet50,
-  in float32 and channels_last, else as plain; only where `--cases` asks for them.
+  in float32 and channels_last, with cross entropy alone and SGD; only where `--cases` asks for them.
 Floating-point work is the forward pass's by torch's counter, times three. The limit is the rate of torch.mm
 in each round; a row's share is of that in its own precision. (The library's float32 product is slower than
 its best float32 convolution, so that shares above 1 are possible there.)

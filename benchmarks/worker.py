@@ -55,9 +55,9 @@ WAYS: dict[str, dict[str, Any]] = {  # of a training step; steps.py says what ea
     "bf16": dict(maker="plain", trainer=torch.bfloat16, channels_last=True),
     "smp": dict(maker="smp", trainer=torch.float32),
     "smp_bf16": dict(maker="smp", trainer=torch.bfloat16, channels_last=True),
-    "eager": dict(trainer=torch.float32, channels_last=True),
-    "eager_smp": dict(maker="smp", trainer=torch.float32, channels_last=True),
-    "eager_torchvision": dict(maker="torchvision", trainer=torch.float32, channels_last=True),
+    "eager": dict(trainer=torch.float32, channels_last=True, bare=True),
+    "eager_smp": dict(maker="smp", trainer=torch.float32, channels_last=True, bare=True),
+    "eager_torchvision": dict(maker="torchvision", trainer=torch.float32, channels_last=True, bare=True),
 }
 
 
@@ -70,6 +70,7 @@ class Case:
         maker: who wrote the network: ours; plain (ours, each convolution computed whole); smp or torchvision.
         trainer: None for train.py's own step; else a plain loop in that dtype.
         channels_last: of the plain loop.
+        bare: cross entropy alone and SGD in the plain loop, so that little but the network is measured.
         settings: of Config, for train.py's step.
         compile_mode: of torch.compile, for train.py's step; None for what the settings say.
         data: folder of pictures; None for a few of noise.
@@ -79,6 +80,7 @@ class Case:
     maker: str = "ours"
     trainer: torch.dtype | None = None
     channels_last: bool = False
+    bare: bool = False
     size: int = 256
     batch: int = 4
     classes: int = 12
@@ -204,14 +206,18 @@ def plain_step(case: Case) -> tuple[Callable[[], object], str]:
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     model = case.build().to(case.device, memory_format=layout).train()
     optimizer = torch.optim.Adam(model.parameters())
+    if case.bare:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images = torch.randn(case.batch, 3, case.size, case.size, device=case.device).to(memory_format=layout)
     masks = torch.randint(0, case.classes, (case.batch, case.size, case.size), device=case.device)
-    try:
-        from segmentation_models_pytorch.losses import DiceLoss
+    dice, name = None, "cross entropy"
+    if not case.bare:
+        try:
+            from segmentation_models_pytorch.losses import DiceLoss
 
-        dice, name = DiceLoss("multiclass", ignore_index=IGNORED), "cross entropy + SMP DiceLoss"
-    except ModuleNotFoundError:
-        dice, name = None, "cross entropy alone (segmentation_models_pytorch is not installed)"
+            dice, name = DiceLoss("multiclass", ignore_index=IGNORED), "cross entropy + SMP DiceLoss"
+        except ModuleNotFoundError:
+            name = "cross entropy alone (segmentation_models_pytorch is not installed)"
 
     def loss_of(logits: Tensor) -> Tensor:
         loss = F.cross_entropy(logits, masks, ignore_index=IGNORED)
