@@ -13,6 +13,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets import DataReport, check_data
+from datasets import DataError, DataReport, check_data
 from datasets.folder import SegmentationDataset
 from datasets.sampling import Loader, epoch_batches, evaluation_shard
 from datasets.transforms import Augmentation, mean_std
@@ -44,6 +45,7 @@ from utils.checkpoint import (
 from utils.device import (
     autocast,
     describe_device,
+    is_out_of_memory,
     keep_freed_memory,
     peak_memory,
     pick_device,
@@ -113,7 +115,7 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
         Fail: with the exit code, for all that the user can mend and for what stopped the work.
     """
     keep_freed_memory()
-    processes, saved = distributed.read_processes(), None
+    processes, saved, folder = distributed.read_processes(), None, None
     with mendable():
         run_files.try_output(Path(config.output_dir))
         if config.resume:
@@ -136,34 +138,48 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
     print(report.describe(), flush=True)
     if config.check:
         return Path(config.data_root)
-    distributed.join(processes, device)
-    with mendable():
-        run = build(config, report, device, precision, model, processes)
-        if saved is None and processes.is_main:
-            run.folder = run_files.create_run(Path(config.output_dir), config.run_name, config.model)
-        elif saved is not None:
-            run.folder = folder
-            restore_state(run, saved)
-        run.folder = distributed.told_by_main(run.folder)
     try:
-        with run.stop:
+        distributed.join(processes, device)
+        with mendable():
+            run = build(config, report, device, precision, model, processes)
+            if saved is None and processes.is_main:
+                run.folder = run_files.create_run(Path(config.output_dir), config.run_name, config.model)
+            elif saved is not None:
+                run.folder = folder
+                restore_state(run, saved)
+            folder = run.folder = distributed.told_by_main(run.folder)
+        with run.stop, closing(run.loader):
             start(run)
             train(run)
-    except OSError as error:
-        raise Fail(
-            f"{run.folder} cannot be written: {error}. Make room, then --resume {run.folder}", 1
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise Fail(
-            f"out of memory on {run.device}, with a peak of {peak_memory(run.device) / 2**30:.1f} GiB. "
-            "Try accumulate 2, a smaller batch_size, image_size or base_channels, or amp bf16; "
-            f"{run.folder} can be resumed",
-            1,
-        ) from error
-    finally:
-        run.loader.close()
+    except (DataError, OSError, RuntimeError, MemoryError) as error:
+        told = what_happened(error, config, device, folder)
+        if told is None:
+            raise
+        raise Fail(told, 1) from error
     distributed.leave()
-    return run.folder
+    return folder
+
+
+def what_happened(error: Exception, config: Config, device: torch.device, folder: Path | None) -> str | None:
+    """What to tell the user of an error that ended a run; None where it is a fault of this program."""
+    saved = folder is not None and os.path.exists(folder / "last.pt")
+    go_on = f"go on with --resume {folder}" if saved else "start again: nothing was saved yet"
+    first_line = str(error).split("\n")[0]
+    if is_out_of_memory(error):
+        parts = [n for n in range(config.accumulate + 1, config.batch_size + 1) if config.batch_size % n == 0]
+        less = [f"accumulate {n}" for n in parts[:1]] + ["amp bf16"] * (config.amp == "off")
+        width = "backbone" if config.backbone_name else "base_channels"
+        less += [f"a smaller batch_size, image_size or {width}"]
+        weights = f" (from these weights: --init_from {folder / 'last.pt'})" if saved else ""
+        return (
+            f"out of memory on {device}, with a peak of {peak_memory(device) / 2**30:.1f} GiB. "
+            f"Free some, then {go_on}; or start anew{weights} with {', '.join(less)}"
+        )
+    if distributed.is_lost(error):
+        return f"another process of this run has ended: {first_line}. Mend what ended it, then {go_on}"
+    if "DataLoader worker" in first_line:
+        return f"{first_line}. Where memory ran out, take fewer num_workers; then {go_on}"
+    return f"{error}. Mend that, then {go_on}" if isinstance(error, (DataError, OSError)) else None
 
 
 def build_network(config: Config, fresh: bool) -> nn.Module:
