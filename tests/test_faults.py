@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -210,6 +211,23 @@ def test_a_loading_process_that_is_killed_ends_the_run_with_a_message(settings, 
     assert "DataLoader worker" in said
     assert "num_workers" in said
     assert "--resume" in said
+
+
+def terminate_all(run):
+    """From outside, as torchrun does: what the main process sends its workers take in another way."""
+    subprocess.run(["kill", "-s", "TERM", "--", f"-{os.getpgid(0)}"], start_new_session=True, check=True)
+    time.sleep(0.3)  # a worker that died of it would be noticed now
+
+
+def test_a_signal_to_the_whole_group_loses_no_step(settings, tmp_path):
+    process = start_child(settings(cache="off", num_workers=1), tmp_path / "log", 4, terminate_all)
+    assert ended(process) == 143
+    folder = Path(settings().output_dir) / "run"
+    said = (tmp_path / "log").read_text()
+    assert f"error: stopped; go on with --resume {folder}" in said
+    assert "Traceback" not in said
+    assert read_checkpoint(folder / "last.pt")["progress"]["step"] == 2
+    assert_same(settings, train.main(settings(resume=str(folder))))
 
 
 # --- several processes ---
