@@ -12,7 +12,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -273,6 +273,7 @@ def build(
         palette=[
             list(color) for color in config.class_colors or visualize.default_palette(config.num_classes)
         ],
+        stop=StopSignal(quiet=not processes.is_main),
     )
 
 
@@ -311,7 +312,7 @@ def class_weights(config: Config, report: DataReport) -> list[float] | None:
 def progress_bar(
     iterable: Iterable[Any] | None = None, total: int | None = None, description: str = "", unit: str = "img"
 ) -> tqdm:
-    """A bar on a terminal; silent elsewhere."""
+    """A bar on a terminal, of the main process alone; silent elsewhere."""
     return tqdm(
         iterable,
         description,
@@ -319,7 +320,7 @@ def progress_bar(
         leave=False,
         unit=unit,
         dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
+        disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0",
     )
 
 
@@ -529,9 +530,12 @@ def leave_if_stopped(run: Run) -> None:
 
     Raises:
         Fail: a signal came.
+        SystemExit: it did, and another process says so.
     """
     if run.stop.number:
         distributed.wait_for_all()
+        if not run.processes.is_main:
+            sys.exit(128 + run.stop.number)
         raise Fail(f"stopped; go on with --resume {run.folder}", 128 + run.stop.number)
 
 
@@ -551,13 +555,19 @@ class Evaluation:
     rows: list[tuple]  # (image, truth, prediction, caption) of the pictures asked for
 
 
-def evaluate(run: Run, weights: dict[str, Tensor], keep: Iterable[int] = range(SHOWN)) -> Evaluation:
+def evaluate(
+    run: Run,
+    weights: dict[str, Tensor],
+    keep: Iterable[int] = range(SHOWN),
+    only: Sequence[int] | None = None,
+) -> Evaluation:
     """Score weights on the validation pictures, each once and at its own mask's size.
 
     Args:
         run: the run.
         weights: of the model.
         keep: indices of the pictures to hand back as rows for `visualize.sample_panels`.
+        only: indices of the pictures to score; None for all.
     """
     config, pictures = run.config, len(run.val_set)
     distributed.from_main(weights)
@@ -565,7 +575,7 @@ def evaluate(run: Run, weights: dict[str, Tensor], keep: Iterable[int] = range(S
     states = torch.zeros(pictures, len(own.state()), dtype=torch.int64, device=run.device)
     losses = torch.zeros(pictures, device=run.device)
     kept = {}
-    for index, picture, truth, logits in validation_logits(run, weights):
+    for index, picture, truth, logits in validation_logits(run, weights, only or range(pictures)):
         ids = predicted_ids(logits)
         own.reset()
         own.update(ids, truth)
@@ -590,7 +600,9 @@ def evaluate(run: Run, weights: dict[str, Tensor], keep: Iterable[int] = range(S
 
 
 @torch.inference_mode()
-def validation_logits(run: Run, weights: dict[str, Tensor]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def validation_logits(
+    run: Run, weights: dict[str, Tensor], pictures: Sequence[int]
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Yield index, picture (1, C, H, W), truth (1, H, W) and logits (1, num_classes, H, W), in order."""
     network = Network(
         run.model,
@@ -602,18 +614,20 @@ def validation_logits(run: Run, weights: dict[str, Tensor]) -> Iterator[tuple[in
         channels_last=run.config.channels_last,
     )
     window = run.config.image_size if run.config.resize == "crop" else None
-    indices = evaluation_shard(len(run.val_set), run.processes.rank, run.processes.world_size)
+    rank, world_size = run.processes.rank, run.processes.world_size
+    indices = [pictures[place] for place in evaluation_shard(len(pictures), rank, world_size)]
+    longest = evaluation_shard(len(pictures), 0, world_size)  # all processes go round equally often
     with progress_bar(total=len(indices), description="validation") as bar:
-        for first in range(0, len(indices), run.config.batch_size):
+        for first in range(0, len(longest), run.config.batch_size):
             batch = indices[first : first + run.config.batch_size]
             items = [run.val_set.evaluation_item(index) for index in batch]
-            logits = picture_logits(
-                network, [image for image, _, _ in items], [box for _, box, _ in items], window
-            )
+            images, boxes = [image for image, _, _ in items], [box for _, box, _ in items]
+            logits = picture_logits(network, images, boxes, window) if batch else ()
             for index, (image, box, truth), one in zip(batch, items, logits, strict=True):
                 picture = restore(image[None].float(), box).round().to(torch.uint8)
                 yield index, picture, truth[None].to(run.device), one
-            if run.stop.number and run.processes.world_size == 1:  # validation is done again on resume
+            (run.stop.number,) = distributed.largest([run.stop.number])
+            if run.stop.number:  # validation is done again on resume
                 save_last(run)
                 leave_if_stopped(run)
             bar.update(len(batch))
@@ -788,7 +802,7 @@ def finish(run: Run) -> None:
         found = evaluate(run, best, keep=())
         order = sorted(range(len(found.picture_iou)), key=lambda index: -found.picture_iou[index])
         chosen = order[:2] + order[2:][-2:]
-        rows = evaluate(run, best, keep=chosen).rows
+        rows = evaluate(run, best, keep=chosen, only=chosen).rows
     if not run.processes.is_main:
         return
     with run.clock.to("saving"):

@@ -274,3 +274,31 @@ def test_where_one_of_two_processes_ends_the_other_says_so_and_the_run_goes_on_w
     train.main(settings(resume=str(folder)))
     assert read_checkpoint(folder / "last.pt")["schedule"]["position"] == 6
     assert (folder / "report.png").exists()
+
+
+def stop_in_validation(run):
+    """A signal comes while the next picture is validated."""
+    original = run.val_set.evaluation_item
+
+    def item(index):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(index)
+
+    run.val_set.evaluation_item = item
+
+
+def test_a_run_of_one_process_goes_on_with_two_and_a_signal_to_one_stops_both(
+    settings, tmp_path, monkeypatch
+):
+    met(monkeypatch, settings(epochs=3), 4, raising(MemoryError()))
+    folder = Path(settings().output_dir) / "run"
+    ranks = start_ranks(settings(resume=str(folder)), tmp_path, 4, (None, stop_in_validation))
+    assert [ended(process) for process in ranks] == [143, 143]
+    progress = read_checkpoint(folder / "last.pt")["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 3)
+    assert "stopped; go on" in (tmp_path / "log0").read_text()
+    assert (tmp_path / "log1").read_text() == ""  # one says it
+    ranks = start_ranks(settings(resume=str(folder)), tmp_path)
+    assert [ended(process) for process in ranks] == [0, 0]
+    assert (folder / "log.csv").read_text().count("\n") == 4
+    assert (folder / "report.png").exists()
