@@ -330,6 +330,9 @@ def start(run: Run) -> None:
     if not run.processes.is_main:
         return
     sweep(run.folder)
+    if (run.folder / END_MARK).exists():  # a finished run that was given more epochs
+        (run.folder / END_MARK).unlink()
+        save_last(run)
     write_json(run.folder / "config.json", config.saved | {"versions": run_files.versions()})
     (run.folder / "samples").mkdir(exist_ok=True)
     keys = [(0, index) for index in range(min(2 * SHOWN, len(run.train_set)))]
@@ -373,21 +376,18 @@ def multiply_adds(run: Run) -> float:
 def train(run: Run) -> None:
     """All epochs that are left, then the report."""
     config, progress = run.config, run.progress
-    while progress.epoch < config.epochs and not (
-        config.early_stop and progress.stalled >= config.early_stop
-    ):
+    while not is_over(run):
         number = progress.epoch + 1
         print(f"Epoch {number}/{config.epochs}", flush=True)
         started = time.perf_counter()
-        train_one_epoch(run)
+        pictures = train_one_epoch(run)
         row = {
             "epoch": number,
             "steps": run.schedule.position,
             "learning_rate": run.schedule.plan()[run.schedule.position - 1],
             **{f"train_{name}": value / len(run.train_set) for name, value in progress.sums.items()},
         }
-        seconds = time.perf_counter() - started
-        row["images_per_second"] = len(run.train_set) / seconds
+        row["images_per_second"] = pictures / (time.perf_counter() - started)
         found = None
         if number % config.val_every == 0 or number == config.epochs:
             with run.clock.to("validation"):
@@ -400,8 +400,18 @@ def train(run: Run) -> None:
     finish(run)
 
 
-def train_one_epoch(run: Run) -> None:
+def is_over(run: Run) -> bool:
+    """Whether all epochs are done, or the score has not risen for too long."""
+    config, progress = run.config, run.progress
+    stalled = bool(config.early_stop) and progress.stalled >= config.early_stop
+    return stalled or progress.epoch >= config.epochs
+
+
+def train_one_epoch(run: Run) -> int:
     """The steps of the present epoch that are left; each term's sum over pictures goes to `progress.sums`.
+
+    Returns:
+        How many pictures they had.
 
     Raises:
         Fail: a signal came (after saving), or the loss is not finite.
@@ -417,7 +427,7 @@ def train_one_epoch(run: Run) -> None:
     set_train_mode(run)
     loader = iter(run.loader.epoch(batches, epoch, progress.step))
     with progress_bar(total=len(run.train_set), description=f"Epoch {epoch + 1}") as bar:
-        bar.update(sum(sizes[: progress.step]))
+        done = bar.n = bar.initial = sum(sizes[: progress.step])
         for step in range(progress.step, len(batches)):
             with run.clock.to("data"):
                 images, masks, _ = next(loader)
@@ -444,6 +454,7 @@ def train_one_epoch(run: Run) -> None:
                 save_last(run)
                 leave_if_stopped(run)
     progress.sums = over_processes(run, sums)
+    return sum(sizes) - done
 
 
 def over_processes(run: Run, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -767,14 +778,15 @@ def restore_state(run: Run, saved: dict[str, Any]) -> None:
             "Bring the old data back, or start a new run (from these weights: --init_from)"
         )
     run.progress = Progress(**saved["progress"])
-    if run.progress.epoch >= run.config.epochs and (run.folder / END_MARK).exists():
+    if is_over(run) and (run.folder / END_MARK).exists():
         raise ValueError(
             f"{run.folder} is finished after {run.progress.epoch} epochs. Start a new run by --init_from"
         )
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
     run.schedule.load_state_dict(saved["schedule"])
-    run.scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"]:  # of a run that goes on at fp16; one at another precision has none
+        run.scaler.load_state_dict(saved["scaler"])
     if run.ema:
         run.ema.load(saved["ema"], saved["ema_steps"])
 
@@ -806,6 +818,7 @@ def finish(run: Run) -> None:
     if not run.processes.is_main:
         return
     with run.clock.to("saving"):
+        run_files.write_log(run.folder / "log.csv", progress.rows)
         draw_curves(run)
         report = visualize.draw_report(
             progress.rows,

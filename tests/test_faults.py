@@ -302,3 +302,91 @@ def test_a_run_of_one_process_goes_on_with_two_and_a_signal_to_one_stops_both(
     assert [ended(process) for process in ranks] == [0, 0]
     assert (folder / "log.csv").read_text().count("\n") == 4
     assert (folder / "report.png").exists()
+
+
+# --- resuming ---
+
+
+def test_a_run_that_is_stopped_while_it_validates_goes_on_as_if_it_had_not(settings, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", at_step(2, stop_in_validation))
+        with pytest.raises(Fail) as caught:
+            train.main(settings())
+    assert caught.value.code == 143
+    folder = Path(settings().output_dir) / "run"
+    assert read_checkpoint(folder / "last.pt")["progress"]["step"] == 3
+    assert_same(settings, train.main(settings(resume=str(folder))))
+    rows = (folder / "log.csv").read_text().splitlines()
+    assert float(dict(zip(rows[0].split(","), rows[1].split(","), strict=True))["images_per_second"]) == 0
+
+
+def test_a_run_that_dies_before_its_last_row_is_written_has_it_after_resuming(settings, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    train.main(settings(epochs=1, run_name="short"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.run_files, "write_log", no_room)
+        with pytest.raises(Fail, match="No space left"):
+            train.main(settings(epochs=1))
+    folder = Path(settings().output_dir) / "run"
+    train.main(settings(resume=str(folder)))
+    assert (folder / "log.csv").read_text().count("\n") == 2
+
+
+def test_a_run_that_stopped_early_is_finished(settings):
+    folder = train.main(settings(epochs=50, early_stop=1, learning_rate=1e-9, warmup_steps=0))
+    with pytest.raises(Fail, match="is finished after 2 epochs"):
+        train.main(settings(resume=str(folder)))
+
+
+def test_a_finished_run_that_is_given_more_epochs_is_unfinished_until_they_are_done(settings, monkeypatch):
+    folder = train.main(settings(scheduler="none"))
+    more = settings(epochs=3, scheduler="none", resume=str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", at_step(7, raising(MemoryError())))
+        with pytest.raises(Fail, match="out of memory"):
+            train.main(more, {"epochs": 3})
+    assert train.main(settings(resume="auto")) == folder
+    assert (folder / "log.csv").read_text().count("\n") == 4
+
+
+def test_a_run_begun_without_gradient_scaling_goes_on_with_it(settings, monkeypatch):
+    """As one of the CPU's does on a GPU that has fp16 alone."""
+    met(monkeypatch, settings(), 4, raising(MemoryError()))
+    built = train.build
+
+    def scaled(*args):
+        run = built(*args)
+        run.scaler = torch.amp.GradScaler("cpu")
+        return run
+
+    monkeypatch.setattr(train, "build", scaled)
+    folder = train.main(settings(resume="auto"))
+    assert read_checkpoint(folder / "last.pt")["scaler"]["scale"] > 0
+
+
+def test_a_checkpoint_with_foreign_code_is_refused_by_resume_and_the_code_does_not_run(settings, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    torch.save({"format": 1, "config": Payload()}, folder / "last.pt")
+    with pytest.raises(Fail, match="can be opened safely") as caught:
+        train.main(settings(resume=str(folder)))
+    assert caught.value.code == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_runs_started_at_once_have_each_its_folder(settings, tmp_path):
+    processes = [start_child(settings(run_name=None, epochs=1), tmp_path / f"log{i}") for i in range(3)]
+    assert [ended(process) for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "runs").glob("*/report.png"))) == 3
+
+
+def test_a_run_name_that_is_taken_is_refused_with_what_can_be_done(settings, tmp_path):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    with pytest.raises(Fail, match="'run' exists .* Remove it, or give another name"):
+        train.main(settings())

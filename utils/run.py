@@ -65,9 +65,8 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
         except FileExistsError:
             if run_name:
                 break
-    raise ValueError(
-        f"run_name {name!r} exists in {output_dir}. Go on with it by --resume {folder}, or give another name"
-    )
+    way = f"Go on with it by --resume {folder}" if (folder / "last.pt").exists() else "Remove it"
+    raise ValueError(f"run_name {name!r} exists in {output_dir}. {way}, or give another name")
 
 
 def find_run(resume: str, output_dir: Path) -> Path:
