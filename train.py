@@ -522,9 +522,10 @@ def refuse_non_finite(run: Run, step: int, batches: list[list[int]]) -> None:
     if step < 0:
         return
     files = ", ".join(str(run.train_set.pairs[index].image) for index in batches[step])
+    rate = run.schedule.plan()[run.progress.epoch * run.schedule.steps_per_epoch + step]
     raise Fail(
         f"the loss is not finite in epoch {run.progress.epoch + 1}, step {step + 1} (learning rate "
-        f"{run.optimizer.param_groups[0]['lr']:.3g}, {run.precision}), pictures {files}. {what_now(run)}",
+        f"{rate:.3g}, {run.precision}), pictures {files}. {what_now(run)}",
         1,
     )
 
@@ -742,7 +743,7 @@ def finite_weights(run: Run) -> dict[str, Tensor]:
     name = first_non_finite(weights)
     if name:
         raise Fail(
-            f"the weights of {name} are not finite in epoch {run.progress.epoch + 1}. {what_now(run)}", 1
+            f"the weights of {name} are not finite after step {run.schedule.position}. {what_now(run)}", 1
         )
     return weights
 

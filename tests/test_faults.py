@@ -390,3 +390,38 @@ def test_a_run_name_that_is_taken_is_refused_with_what_can_be_done(settings, tmp
     (tmp_path / "runs" / "run").mkdir(parents=True)
     with pytest.raises(Fail, match="'run' exists .* Remove it, or give another name"):
         train.main(settings())
+
+
+# --- numbers ---
+
+
+def poison(run):
+    next(run.model.parameters()).data.fill_(torch.nan)
+
+
+def poison_after(run):
+    """The step itself has a finite loss, its update has not."""
+    original = run.schedule.step
+
+    def step():
+        original()
+        poison(run)
+
+    run.schedule.step = step
+
+
+def test_a_loss_that_is_not_finite_is_told_with_the_rate_of_its_step_and_resumed_before_it(
+    settings, monkeypatch
+):
+    said = met(monkeypatch, settings(), 4, poison)
+    rate = 0.002 * (1 - 2 / 4) ** 0.9  # poly, after two steps of warm-up
+    assert f"not finite in epoch 2, step 2 (learning rate {rate:.3g}, torch." in said
+    folder = Path(settings().output_dir) / "run"
+    assert_same(settings, train.main(settings(resume=str(folder))))
+
+
+def test_weights_that_are_not_finite_are_never_saved(settings, monkeypatch):
+    said = met(monkeypatch, settings(), 5, poison_after)
+    assert "are not finite after step 6" in said
+    folder = Path(settings().output_dir) / "run"
+    assert_same(settings, train.main(settings(resume=str(folder))))
