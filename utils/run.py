@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,9 +65,8 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
         except FileExistsError:
             if run_name:
                 break
-    raise ValueError(
-        f"run_name {name!r} exists in {output_dir}. Go on with it by --resume {folder}, or give another name"
-    )
+    way = f"Go on with it by --resume {folder}" if (folder / "last.pt").exists() else "Remove it"
+    raise ValueError(f"run_name {name!r} exists in {output_dir}. {way}, or give another name")
 
 
 def find_run(resume: str, output_dir: Path) -> Path:
@@ -175,12 +173,16 @@ class StopSignal:
 
     What comes within a second is one: torchrun passes on a Ctrl-C that the processes have had already.
 
+    Args:
+        quiet: say nothing when a signal comes; another process of the run does.
+
     Attributes:
         number: of the signal that came; 0 where none did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.number = 0
+        self._quiet = quiet
         self._came_at = 0.0
 
     def __enter__(self) -> "StopSignal":
@@ -200,7 +202,8 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.number, self._came_at = number, time.monotonic()
-        print("\nstopping after this step; once more to end at once", file=sys.stderr, flush=True)
+        if not self._quiet:  # not by print, which may be at work on the same stream just now
+            os.write(2, b"\nstopping after this step; once more to end at once\n")
 
 
 class Clock:
