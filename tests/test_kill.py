@@ -1,12 +1,12 @@
 """A run that is killed, over and over and at any moment, ends as if nothing had happened."""
 
-import multiprocessing
 import os
 import random
 import signal
 import time
 from pathlib import Path
 
+import doors
 import pytest
 import torch
 
@@ -36,8 +36,6 @@ def test_a_run_killed_twenty_times_ends_with_the_same_weights(settings):
     changes = dict(
         epochs=6, dropout=0.2, ema_decay=0.9, accumulate=2, rotate=15.0, save_every_minutes=1e-9, amp="off"
     )
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
     whole = train.main(settings(run_name="whole", **changes))
     folder = Path(settings().output_dir) / "broken"
     draw, kills = random.Random(0), 0
@@ -45,9 +43,8 @@ def test_a_run_killed_twenty_times_ends_with_the_same_weights(settings):
         resume = str(folder) if (folder / "last.pt").exists() else None
         if folder.exists() and not resume:  # killed before its first checkpoint: nothing to go on with
             folder.rename(folder.with_name(f"lost_{kills}"))
-        process = context.Process(
-            target=run_silently, args=(settings(run_name="broken", resume=resume, **changes),)
-        )
+        config = settings(run_name="broken", resume=resume, **changes)
+        process = doors.CONTEXT.Process(target=run_silently, args=(config,))
         process.start()
         if kills < KILLS:
             started = time.monotonic()

@@ -118,7 +118,7 @@ def test_every_choice_trains(settings, changes):
 
 
 def test_the_score_rises_on_squares_that_can_be_learned(settings):
-    folder = train.main(settings(epochs=25, learning_rate=0.01, base_channels=8, scale=(1.0, 1.0)))
+    folder = train.main(settings(epochs=12, learning_rate=0.01, base_channels=8, scale=(1.0, 1.0)))
     best = max(float(row["mean_iou"]) for row in log_rows(folder))
     assert best > 0.8
     assert best > float(log_rows(folder)[0]["mean_iou"]) + 0.1
