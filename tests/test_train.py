@@ -19,6 +19,7 @@ from PIL import Image
 
 import train
 from models import load_model, read_checkpoint
+from utils import visualize
 from utils.cli import Fail
 
 
@@ -52,6 +53,13 @@ def stop_after(monkeypatch, steps):
         return original(run, *args)
 
     monkeypatch.setattr(train, "train_step", step)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For runs whose numbers alone are looked at: drawing takes half of their time."""
+    for name in ("draw_curves", "draw_report"):
+        monkeypatch.setattr(visualize, name, lambda *_, **__: Image.new("RGB", (1, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +125,7 @@ def test_every_choice_trains(settings, changes):
     assert 0 <= float(rows[-1]["mean_iou"]) <= 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_score_rises_on_squares_that_can_be_learned(settings):
     folder = train.main(settings(epochs=12, learning_rate=0.01, base_channels=8, scale=(1.0, 1.0)))
     best = max(float(row["mean_iou"]) for row in log_rows(folder))
@@ -141,6 +150,7 @@ def whole(request, kept_settings):
 @pytest.mark.parametrize(
     "steps", [1, 3, 4]
 )  # of three an epoch: within the first, at its end, within the second
+@pytest.mark.usefixtures("undrawn")
 def test_a_stopped_and_resumed_run_ends_as_if_it_had_not_stopped(settings, monkeypatch, whole, steps):
     changes, whole = whole
     with monkeypatch.context() as patch:
@@ -324,6 +334,7 @@ def test_two_runs_that_start_in_one_second_have_two_folders(tmp_path):
     assert len(made) == 5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_settings_give_the_same_weights(finished):
     config, one, _ = finished
     two = train.main(replace(config, run_name=None))
