@@ -1,8 +1,7 @@
 """Several processes are one run: the same scores, the same steps, one writer."""
 
+import importlib.util
 import os
-import subprocess
-import sys
 
 import doors
 import torch
@@ -64,11 +63,12 @@ def test_two_processes_score_and_step_as_one_does(settings, tmp_path):
 
 def test_torchrun_makes_one_run_with_one_writer(data, tmp_path):
     flags = f"--data_root {data} --output_dir {tmp_path}/runs --run_name run --num_classes 2 --image_size 32"
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    launcher += ["--rdzv_endpoint", "localhost:0", "train.py", *flags.split(), "--base_channels", "4"]
-    command = [sys.executable, *launcher, "--epochs", "2", "--batch_size", "4"]
-    done = subprocess.run(command, cwd=doors.ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Epoch 2/2") == 1
+    flags += " --base_channels 4 --epochs 2 --batch_size 4"
+    torchrun = [importlib.util.find_spec("torch.distributed.run").origin, "--nproc_per_node", "2"]
+    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    command = [*torchrun, "train.py", *flags.split()]
+    code, printed, errors = doors.run(command, doors.ROOT, tmp_path / "printed")
+    assert code == 0, errors[-3000:]
+    assert printed.count("Epoch 2/2") == 1
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.name != ".cache"] == ["run"]
     assert (tmp_path / "runs" / "run" / "report.png").exists()
