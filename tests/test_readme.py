@@ -76,7 +76,8 @@ def test_the_commands_run_in_their_order_and_the_first_reaches_080(copy):
             newest = max((copy / "runs").glob("*/last.pt"), key=lambda path: path.stat().st_mtime_ns)
             (newest.parent / "report.png").unlink()  # as if it had been stopped before the end
         elif "train.py" in line:
-            line += " --epochs 1" + ("" if "--image_size" in line else " --image_size 64")
+            for flag in ("--epochs 1", "--image_size 64", "--batch_size 20"):
+                line += f" {flag}" if flag.split()[0] not in line else ""
         code, printed, errors = run(line, copy)
         assert code == 0, f"{line}\n{printed[-2000:]}{errors[-2000:]}"
         assert "Traceback" not in errors
