@@ -666,9 +666,9 @@ def end_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
         return
     with run.clock.to("saving"):
         run_files.write_log(run.folder / "log.csv", progress.rows)
-        last = progress.epoch == config.epochs
-        if last or run.clock.share("saving") < 0.1:  # not at every one of many short epochs
+        if run.clock.share("saving") < 0.1:  # not at every one of many short epochs; `finish` draws the last
             draw_curves(run)
+        last = progress.epoch == config.epochs
         if found and (last or progress.epoch % max(1, config.epochs // 10) == 0):
             panel = visualize.sample_panels(found.rows, config.names, run.palette, config.ignore_index)
             write_image(run.folder / "samples" / f"epoch_{progress.epoch:03d}.png", panel)
