@@ -103,6 +103,11 @@ def test_a_remark_goes_on_in_the_comment_below_its_field():
     assert field_remarks(Config)["resize"][1].endswith("cut in windows at its scale")
 
 
+def test_a_model_or_loss_that_config_knows_by_name_alone_has_no_options():
+    named = Config(model="new", loss="new")
+    assert (named.model_options, named.loss_options) == ({}, {})
+
+
 def test_the_names_and_colours_of_mock_data_are_left_out_with_another_number_of_classes():
     found = settings("--num_classes", "11", "--ignore_index", "11")
     assert (found.class_names, found.class_colors) == (None, None)
