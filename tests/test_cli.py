@@ -101,6 +101,11 @@ def test_every_field_has_a_remark_and_help_shows_it_with_its_default():
 
 def test_a_remark_goes_on_in_the_comment_below_its_field():
     assert field_remarks(Config)["resize"][1].endswith("cut in windows at its scale")
+    assert field_remarks(Config)["vflip"][1].startswith("probability")
+
+
+def test_a_remark_keeps_the_sign_of_a_colour():
+    assert "0=0,255=1 or #000000=0,#ff0000=1" in field_remarks(Config)["labels"][1]
 
 
 def test_a_model_or_loss_that_config_knows_by_name_alone_has_no_options():
