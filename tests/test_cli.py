@@ -150,6 +150,14 @@ def test_a_wrong_config_file_is_refused(tmp_path, text, word):
         settings("--config", str(path))
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "recipes").glob("*.json")), ids=lambda path: path.stem
+)
+def test_a_recipe_is_understood_and_says_why(path):
+    assert len(json.loads(path.read_text(encoding="utf-8"))["why"]) > 20
+    settings("--config", str(path))
+
+
 def test_saved_settings_come_back_equal(tmp_path):
     path = tmp_path / "config.json"
     written = Config(loss="focal", class_weights=(1.0, 2.0, 3.0, 4.0), image_size=96, num_workers=2)
