@@ -183,7 +183,7 @@ class Config:
             "pspnet": {"output_stride": self.output_stride or 8, "aux": self.aux_weight > 0},
             "fcn": {"variant": self.fcn_variant},
             "segnet": {"base_channels": self.base_channels},
-        }[self.model]
+        }.get(self.model, {})
         if self.backbone_name:
             options = {"backbone": self.backbone_name, **options}
         return options if self.dropout is None else {**options, "dropout": self.dropout}
@@ -264,6 +264,10 @@ class Config:
 
     def _check_pairs(self) -> None:
         """Refuse a changed setting that the chosen model, loss or schedule does not have."""
+        with_backbone = (
+            self.model in (*BACKBONES, "segnet"),
+            "models with a backbone: deeplabv3plus, pspnet, fcn, segnet",
+        )
         applies = {  # field: (does it apply, what it belongs to)
             "backbone": (self.model in BACKBONES, "deeplabv3plus, pspnet and fcn"),
             "output_stride": (self.model in ("deeplabv3plus", "pspnet"), "deeplabv3plus and pspnet"),
@@ -272,18 +276,7 @@ class Config:
             "base_channels": (self.model in ("unet", "segnet"), "unet and segnet"),
             "bilinear": (self.model == "unet", "unet"),
             "aux_weight": (self.model == "pspnet", "pspnet"),
-            "pretrained": (
-                self.model != "unet",
-                "models with a backbone: deeplabv3plus, pspnet, fcn, segnet",
-            ),
-            "freeze_backbone": (
-                self.model != "unet",
-                "models with a backbone: deeplabv3plus, pspnet, fcn, segnet",
-            ),
-            "backbone_lr_scale": (
-                self.model != "unet",
-                "models with a backbone: deeplabv3plus, pspnet, fcn, segnet",
-            ),
+            **{name: with_backbone for name in ("pretrained", "freeze_backbone", "backbone_lr_scale")},
             "joint_ce": (self.loss == "joint", "loss joint"),
             "dice_weight": (self.loss == "joint", "loss joint"),
             "focal_gamma": (self.ce_form == "focal", "focal loss, alone or as joint_ce"),

@@ -101,6 +101,16 @@ def test_every_field_has_a_remark_and_help_shows_it_with_its_default():
 
 def test_a_remark_goes_on_in_the_comment_below_its_field():
     assert field_remarks(Config)["resize"][1].endswith("cut in windows at its scale")
+    assert field_remarks(Config)["vflip"][1].startswith("probability")
+
+
+def test_a_remark_keeps_the_sign_of_a_colour():
+    assert "0=0,255=1 or #000000=0,#ff0000=1" in field_remarks(Config)["labels"][1]
+
+
+def test_a_model_or_loss_that_config_knows_by_name_alone_has_no_options():
+    named = Config(model="new", loss="new")
+    assert (named.model_options, named.loss_options) == ({}, {})
 
 
 def test_the_names_and_colours_of_mock_data_are_left_out_with_another_number_of_classes():
@@ -138,6 +148,14 @@ def test_a_wrong_config_file_is_refused(tmp_path, text, word):
     path.write_text(text)
     with pytest.raises(Fail, match=word):
         settings("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "recipes").glob("*.json")), ids=lambda path: path.stem
+)
+def test_a_recipe_is_understood_and_says_why(path):
+    assert len(json.loads(path.read_text(encoding="utf-8"))["why"]) > 20
+    settings("--config", str(path))
 
 
 def test_saved_settings_come_back_equal(tmp_path):
