@@ -66,6 +66,8 @@ def test_a_flag_sets_its_field(argv, name, value):
         (["--no-compile", "yes"], ["--no-compile", "no value"]),
         (["--learning_rate", "nan"], ["learning_rate", "a number"]),
         (["--learning_rate", "-1"], ["learning_rate"]),
+        (["--poly_power", "0"], ["poly_power", "or more", "got 0.0"]),
+        (["--model", "fcn", "--backbone_lr_scale", "0"], ["backbone_lr_scale", "or more", "got 0.0"]),
         (["--num_classes", "1"], ["num_classes", "2"]),
         (["--class_names", "a", "b"], ["class_names", "4 classes", "got 2"]),
         (["--class_names", "a", "a", "b", "c"], ["class_names", "differ"]),
