@@ -162,7 +162,7 @@ class Config:
     @property
     def backbone_name(self) -> str | None:
         """The backbone that will be built; None where the model has no choice of one."""
-        return self.backbone or BACKBONES.get(self.model, (None, None))[1]
+        return (self.backbone or BACKBONES[self.model][1]) if self.model in BACKBONES else None
 
     @property
     def ce_form(self) -> str | None:
@@ -306,7 +306,7 @@ class Config:
                     f"{name} belongs to {owner}; got {value} with model {self.model}, loss {self.loss}, "
                     f"optimizer {self.optimizer}, scheduler {self.scheduler}. Leave it at {defaults[name]}"
                 )
-        choices = BACKBONES.get(self.model, ((), None))[0]
+        choices = BACKBONES[self.model][0] if self.model in BACKBONES else (self.backbone,)
         if self.backbone is not None and self.backbone not in choices:
             raise ValueError(
                 f"backbone of {self.model} must be one of {', '.join(choices)}; got {self.backbone!r}"
