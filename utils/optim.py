@@ -6,6 +6,7 @@ and what a schedule will do can be drawn before it does it.
 """
 
 from collections import Counter
+from copy import copy
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -201,9 +202,15 @@ class Schedule:
             self.cuts, self.waited = self.cuts + 1, 0
         self._set_rates()
 
+    def rate(self, step: int) -> float:
+        """Return the first group's rate at a step, by the cuts so far."""
+        return self.base_lrs[0] * self._factor(step)
+
     def plan(self) -> list[float]:
-        """Return the first group's rate at each step of the run, to draw (plateau: without further cuts)."""
-        return [self.base_lrs[0] * self._factor(step) for step in range(self.total_steps)]
+        """Return the first group's rate at each step of the run, to draw: as planned at its start, uncut."""
+        planned = copy(self)
+        planned.cuts = 0
+        return [planned.rate(step) for step in range(self.total_steps)]
 
     def state_dict(self) -> dict:
         """Return what a resumed run needs, in plain values."""
