@@ -384,7 +384,7 @@ def train(run: Run) -> None:
         row = {
             "epoch": number,
             "steps": run.schedule.position,
-            "learning_rate": run.schedule.plan()[run.schedule.position - 1],
+            "learning_rate": run.schedule.rate(run.schedule.position - 1),
             **{f"train_{name}": value / len(run.train_set) for name, value in progress.sums.items()},
         }
         row["images_per_second"] = pictures / (time.perf_counter() - started)

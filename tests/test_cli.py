@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,8 @@ def test_a_flag_sets_its_field(argv, name, value):
         (["--no-compile", "yes"], ["--no-compile", "no value"]),
         (["--learning_rate", "nan"], ["learning_rate", "a number"]),
         (["--learning_rate", "-1"], ["learning_rate"]),
+        (["--poly_power", "0"], ["poly_power", "or more", "got 0.0"]),
+        (["--model", "fcn", "--backbone_lr_scale", "0"], ["backbone_lr_scale", "or more", "got 0.0"]),
         (["--num_classes", "1"], ["num_classes", "2"]),
         (["--class_names", "a", "b"], ["class_names", "4 classes", "got 2"]),
         (["--class_names", "a", "a", "b", "c"], ["class_names", "differ"]),
@@ -120,14 +122,24 @@ def test_the_names_and_colours_of_mock_data_are_left_out_with_another_number_of_
 
 
 def test_edited_defaults_are_checked_by_type_as_flags_are():
-    from dataclasses import dataclass
-
     @dataclass(frozen=True)
     class Edited:
         epochs: int = "ten"  # number of epochs
 
     with pytest.raises(Fail, match="epochs must be a whole number; got 'ten'"):
         parse(Edited, [], "usage")
+
+
+def test_a_backbone_edited_into_the_file_does_not_bind_a_model_without_one():
+    @dataclass(frozen=True)
+    class Edited(Config):
+        model: str = "pspnet"  # as in a config.py that a user has edited
+        backbone: str | None = "resnet18"
+
+    assert parse(Edited, [], "usage").settings.model_options["backbone"] == "resnet18"
+    assert "backbone" not in parse(Edited, ["--model", "unet"], "usage").settings.model_options
+    with pytest.raises(Fail, match="backbone of fcn must be one of vgg11.*got 'resnet18'"):
+        parse(Edited, ["--model", "fcn"], "usage")
 
 
 def test_config_file_is_read_and_flags_override_it(tmp_path):
