@@ -14,6 +14,7 @@ from torch.export import Dim
 
 from models import FCN, MODELS, DeepLabV3Plus, PSPNet, SegNet, UNet, build_model
 from models.backbones import RESNETS, VGGS
+from models.deeplabv3plus import MergingConv2d
 from models.layers import AtrousConv2d, PooledBatchNorm2d, SeparableConvBNReLU
 
 ROOT = Path(__file__).parent.parent
@@ -279,6 +280,20 @@ def test_taps_that_see_padding_alone_are_left_out_without_a_trace(groups, size):
     theirs.square().sum().backward()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(conv.weight.grad, whole.grad)
+
+
+@pytest.mark.parametrize("coarse", [(1, 1), (4, 6), (16, 24)])
+def test_deeplab_merges_two_maps_as_by_resizing_and_convolving(coarse):
+    conv, fine = MergingConv2d(5, 3, 4).double(), torch.rand(2, 3, 16, 24).double()
+    conv.bias = nn.Parameter(torch.rand(4).double())
+    weight, maps = conv.weight.detach().clone().requires_grad_(), torch.rand(2, 5, *coarse).double()
+    resized = nn.functional.interpolate(maps, size=(16, 24), mode="bilinear")
+    ours = conv(maps, fine)
+    theirs = nn.functional.conv2d(torch.cat([resized, fine], dim=1), weight, conv.bias, padding=1)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(conv.weight.grad, weight.grad)
 
 
 @pytest.mark.parametrize("stride", [8, 16])

@@ -1,6 +1,9 @@
 """Weights from files: checkpoints of runs, and public classification weights."""
 
+import subprocess
+import sys
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +42,14 @@ def test_a_loaded_model_predicts_as_the_saved_one_and_tells_what_the_run_knew(pa
     assert not loaded.training and all(value.requires_grad for value in loaded.parameters())
     assert loaded.info.class_names == ["sky", "road", "tree"] and loaded.info.image_size == [64, 96]
     assert loaded.info.architecture["options"] == OPTIONS
+
+
+def test_building_for_weights_from_a_file_does_not_import_the_compiler():
+    """It takes a second, which every prediction would wait for."""
+    code = "import sys, torch as t, models; t.set_default_device('meta'); "
+    code += "[models.build_model(name, 3) for name in models.MODELS]\n"
+    code += "assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
 
 
 def test_averaged_weights_are_the_ones_that_predict(path):
