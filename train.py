@@ -215,6 +215,8 @@ def build(
     """
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, at its first use
     if device.type == "cuda" and precision != torch.float32:
         torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
     train_set, val_set = build_datasets(config, report, processes)
