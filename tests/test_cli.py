@@ -143,7 +143,13 @@ def test_config_file_is_read_and_flags_override_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("{", "JSON"), ("[1]", "object"), ('{"epoch": 3}', "'epochs'"), ('{"epochs": "x"}', "epochs")],
+    [
+        ("{", "JSON"),
+        ("[1]", "object"),
+        ('{"epoch": 3}', "'epochs'"),
+        ('{"epochs": "x"}', "epochs"),
+        ('{"learning_rate": 1' + 400 * "0" + "}", "learning_rate must be a number"),
+    ],
 )
 def test_a_wrong_config_file_is_refused(tmp_path, text, word):
     path = tmp_path / "config.json"
@@ -168,6 +174,11 @@ def test_resuming_keeps_the_runs_settings_and_refuses_a_contradiction():
         resumed_settings(today, run, {"batch_size": 8}, ())
     with pytest.raises(Fail, match="epochs"):
         resumed_settings(today, Config(epochs=5).saved, {"epochs": 9}, ())
+
+
+def test_resuming_with_the_runs_own_size_as_one_number_is_no_contradiction():
+    run, given = Config(image_size=64).saved, {"image_size": 64}
+    assert resumed_settings(Config(resume="runs/x", **given), run, given, ()).image_size == (64, 64)
 
 
 @pytest.mark.parametrize("door", ["train.py", "predict.py"])

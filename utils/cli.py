@@ -16,7 +16,7 @@ import textwrap
 import tokenize
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -134,7 +134,8 @@ def resumed_settings(
     run_is = {name: coerce(name, value, hints[name]) for name, value in saved.items() if name in hints}
     own = {field.name: run_is.get(field.name, field.default) for field in fields(cls)}
     allowed = {"resume": settings.resume, "output_dir": settings.output_dir, "check": settings.check}
-    for name, value in given.items():
+    today = replace(settings, **given)  # where a size given as one number is height and width
+    for name, value in ((name, getattr(today, name)) for name in given):
         longer = name == "epochs" and own["scheduler"] != "poly" and value > own["epochs"]
         if name in free or longer:
             allowed[name] = value
@@ -212,7 +213,7 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     for option in sorted(_options(hint), key=lambda option: option is not NoneType):  # "none" is text, too
         try:
             return _convert(value, option)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             continue
     choices = [str(c) for option in _options(hint) if get_origin(option) is Literal for c in get_args(option)]
     shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
