@@ -102,7 +102,10 @@ def test_every_field_has_a_remark_and_help_shows_it_with_its_default():
 
 
 def test_a_remark_goes_on_in_the_comment_below_its_field():
-    assert field_remarks(Config)["resize"][1].endswith("cut in windows at its scale")
+    remarks = field_remarks(Config)
+    assert remarks["resize"][1].startswith("how a picture comes to image_size")
+    assert remarks["resize"][1].endswith("cut in windows at its scale")
+    assert remarks["labels"][1].endswith("or #000000=0,#ff0000=1")
 
 
 def test_the_names_and_colours_of_mock_data_are_left_out_with_another_number_of_classes():

@@ -314,7 +314,7 @@ def field_remarks(cls: type) -> dict[str, tuple[str, str]]:
         if isinstance(node, ast.AnnAssign):
             ends[node.end_lineno] = node.target.id
     comments = {
-        token.start[0]: token.string.lstrip("# ")
+        token.start[0]: token.string.removeprefix("#").strip()
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
@@ -326,7 +326,7 @@ def field_remarks(cls: type) -> dict[str, tuple[str, str]]:
             remarks[name], heading = (heading, comments.get(number, "")), ""
         elif line.strip().startswith("#") and name:
             above, remark = remarks[name]
-            remarks[name] = (above, f"{remark} {comments[number]}")
+            remarks[name] = (above, f"{remark} {comments[number]}".lstrip())
         elif line.strip().startswith("#"):
             heading = comments[number]
         elif not line.strip():
