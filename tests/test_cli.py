@@ -179,6 +179,12 @@ def test_resuming_keeps_the_runs_settings_and_refuses_a_contradiction():
         resumed_settings(today, Config(epochs=5).saved, {"epochs": 9}, ())
 
 
+def test_a_run_that_began_from_other_weights_can_be_resumed():
+    run = Config(model="segnet", init_from="old/best.pt", freeze_backbone=True)
+    found = resumed_settings(Config(resume="runs/x"), run.saved, {"resume": "runs/x"}, ())
+    assert found == run
+
+
 def test_resuming_with_the_runs_own_size_as_one_number_is_no_contradiction():
     run, given = Config(image_size=64).saved, {"image_size": 64}
     assert resumed_settings(Config(resume="runs/x", **given), run, given, ()).image_size == (64, 64)

@@ -133,13 +133,13 @@ def resumed_settings(
     hints = get_type_hints(cls)
     run_is = {name: coerce(name, value, hints[name]) for name, value in saved.items() if name in hints}
     own = {field.name: run_is.get(field.name, field.default) for field in fields(cls)}
-    allowed = {"resume": settings.resume, "output_dir": settings.output_dir, "check": settings.check}
+    allowed = {"output_dir": settings.output_dir, "check": settings.check}
     today = replace(settings, **given)  # where a size given as one number is height and width
     for name, value in ((name, getattr(today, name)) for name in given):
         longer = name == "epochs" and own["scheduler"] != "poly" and value > own["epochs"]
         if name in free or longer:
             allowed[name] = value
-        elif name not in allowed and value != own[name]:
+        elif name not in allowed and name != "resume" and value != own[name]:
             why = " and whose poly schedule plans to the last epoch" if name == "epochs" else ""
             raise Fail(
                 f"--{name} {value} contradicts the run to resume, which has {own[name]}{why}. "
@@ -149,7 +149,7 @@ def resumed_settings(
         if (
             name not in allowed
             and name not in given
-            and name != "run_name"
+            and name not in ("run_name", "resume")
             and getattr(settings, name) != value
         ):
             print(f"  {name} stays {value}, as the run began (config.py says {getattr(settings, name)})")
