@@ -5,9 +5,22 @@ import sys
 from config import Config
 from utils.cli import Fail, Parsed, end_with, mendable, parse, resumed_settings
 
+
+def read_flags() -> Parsed:
+    """The settings, with what they name looked for.
+
+    Raises:
+        Fail: a wrong flag or value, or a file or folder that is not there.
+    """
+    parsed = parse(Config, sys.argv[1:], __doc__)
+    with mendable():
+        parsed.settings.refuse_missing()
+    return parsed
+
+
 PARSED: Parsed | None = None
-if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
-    PARSED = end_with(lambda: parse(Config, sys.argv[1:], __doc__))
+if __name__ == "__main__":  # before torch is imported, so that --help and wrong settings are answered at once
+    PARSED = end_with(read_flags)
 
 import hashlib
 import os
