@@ -3,7 +3,6 @@
 import errno
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from models import read_checkpoint
 from utils import checkpoint as files
 from utils.cli import Fail, end_with
 
+resource = pytest.importorskip("resource", reason="the limits and signals of POSIX")
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(["train"])
 
