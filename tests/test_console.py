@@ -1,11 +1,8 @@
 """What one sees while a run goes on: on a terminal, and in a log file."""
 
-import fcntl
 import os
-import pty
 import re
 import struct
-import termios
 import time
 
 import pytest
@@ -42,6 +39,7 @@ def test_a_log_file_has_the_table_the_epochs_and_the_scores_and_no_control_codes
 
 
 def test_a_terminal_shows_bars_with_loss_rate_and_the_time_to_come(settings, monkeypatch):
+    fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
     original = train.train_step
 
     def slow_step(*args):
