@@ -1,5 +1,6 @@
 """What a user's folder may hold: each oddity is refused with its file named, or handled rightly."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -599,3 +600,20 @@ def test_truth_is_paired_by_stem_and_checked(root):
         pair_truth(images, root / "val/masks", "", report.encoding)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         pair_truth(images, root / "elsewhere", "", report.encoding)
+
+
+@pytest.mark.parametrize("labels", ["auto", "snap"])
+def test_little_is_remembered_of_a_lossy_mask(root, tmp_path, labels):
+    noise = np.random.default_rng(0).integers(0, 60, (*SIZE, 3))
+    (tmp_path / "memory").mkdir()
+
+    def save(path, ids):
+        Image.fromarray(np.abs(np.array(COLOURS)[ids] - noise).astype(np.uint8)).save(f"{path}.png")
+
+    each_mask(root, save)
+    with contextlib.suppress(DataError):
+        check_data(root, num_classes=3, class_colors=COLOURS, labels=labels, cache_dir=tmp_path / "memory")
+    (memory,) = (tmp_path / "memory").iterdir()
+    stats = json.loads(memory.read_text())["train/masks/p0.png"]["stats"]
+    assert len(stats["keys"]) <= (3 if labels == "snap" else 512)
+    assert labels == "auto" or sum(stats["counts"]) == IDS.size
