@@ -264,7 +264,7 @@ def _npy_image(path: Path, in_channels: int, max_pixels: int, data: bytes | None
     if array.shape[2] != in_channels and (array.shape[2], in_channels) != (1, 3):
         fix = "transpose it to" if array.shape[0] == in_channels else "save it as"
         raise DataError(f"has shape {array.shape}; {fix} (height, width, {in_channels} channels).")
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "bf" and array.dtype.name not in ("uint8", "uint16"):
         raise DataError(f"holds {array.dtype}; wanted bool, uint8, uint16 or float. Convert it.")
     return np.ascontiguousarray(np.broadcast_to(_to_bytes(array), (*array.shape[:2], in_channels)))
 

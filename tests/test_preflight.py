@@ -280,6 +280,11 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {"num_classes": 2, "labels": "snap:0=0,255=1"},
         ["p0.npy", "huge"],
     ),
+    "a picture of wide integers": (
+        lambda r: np_image(r, np.random.default_rng(0).integers(0, 256, (*SIZE, 3))),
+        {},
+        ["p0.npy", "int64", "uint8"],
+    ),
 }
 
 
