@@ -217,14 +217,14 @@ class MaskStats:
         keys: the raw values (packed colours for colour), ascending.
         counts: pixels of each.
         colours: for palette, the packed colour of each key.
-        lossy: the file format does not keep values.
+        damage: what may have altered values unseen, see `reading.load_mask`.
     """
 
     kind: str
     keys: list[int]
     counts: list[int]
     colours: list[int] | None = None
-    lossy: bool = False
+    damage: str = ""
 
     def read_as(self, colours: bool) -> list[int]:
         """The keys as packed colours, or as values."""
@@ -330,7 +330,7 @@ def _find_values(masks, counts: Counter, num_classes: int, ignore_index: int, sn
         return "indices", indices
     ends = sum(count for value, count in counts.items() if min(abs(value), abs(value - 255)) <= NEAR)
     bright = any(abs(value - 255) <= NEAR for value in values)
-    damaged = snap or len(values) > 8 or any(mask.lossy for mask in masks)
+    damaged = snap or len(values) > 8 or any(mask.damage for mask in masks)
     if num_classes == 2 and bright and damaged and ends >= 0.8 * counts.total():
         return "binary", {0: 0, 255: 1}  # strays are snapped, or named file by file
     if snap:

@@ -216,7 +216,7 @@ def _scan(file: Path, in_channels: int, snap_to: list[int]) -> dict:
 
 def _count_mask(file: Path, data: bytes, snap_to: list[int]) -> tuple[tuple[int, int], dict]:
     """Height and width of a mask, and its `MaskStats` as a dict."""
-    raw, palette, lossy = load_mask(file, data=data)
+    raw, palette, damage = load_mask(file, data=data)
     kind = "grey" if palette is None else "palette"
     if raw.ndim == 3 and (raw == raw[..., :1]).all():
         raw = raw[..., 0]
@@ -238,7 +238,7 @@ def _count_mask(file: Path, data: bytes, snap_to: list[int]) -> tuple[tuple[int,
         keys, counts = keys[common], counts[common]
     keys = keys.tolist()
     colours = palette and [palette[key] if key < len(palette) else 0 for key in keys]
-    return raw.shape, dict(kind=kind, keys=keys, counts=counts.tolist(), colours=colours, lossy=lossy)
+    return raw.shape, dict(kind=kind, keys=keys, counts=counts.tolist(), colours=colours, damage=damage)
 
 
 def _match(image: Path, mask: Path, found: dict, problems: Problems) -> Pair | None:
@@ -268,12 +268,12 @@ def _count_classes(mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, 
             strays[raw] += count
         elif ids[raw] != encoding.ignore_index:
             counts[ids[raw]] += count
-    if stats.lossy and encoding.kind == "indices":  # ids lie too close together for damage to be seen
-        finding = "is a JPEG, which alters class ids unseen"
-        problems.add("lossy masks", mask, finding, "export it again as PNG")
+    if stats.damage and encoding.kind == "indices":  # ids lie too close together for damage to be seen
+        finding = f"{stats.damage}, so that class ids may have changed unseen"
+        problems.add("lossy masks", mask, finding, "export it again as an 8-bit PNG")
     elif strays:
         common, share = [raw for raw, _ in strays.most_common(64)], strays.total() / sum(stats.counts)
-        if stats.lossy or len(strays) > MANY_STRAYS:
+        if stats.damage or len(strays) > MANY_STRAYS:
             near, _ = nearest(np.array(common), dict(encoding.table), colours)
             near = ", ".join(raw_name(raw, colours) for raw in [*dict.fromkeys(near.tolist())][:4])
             many = f"{len(strays)} or more" if len(stats.keys) == MOST_KEYS else len(strays)

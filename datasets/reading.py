@@ -134,13 +134,13 @@ def load_mask(path, as_colours: bool = False, max_pixels: int = MAX_PIXELS, data
     """As `read_mask`, and what else preflight asks of the file.
 
     Returns:
-        (raw, palette, lossy): palette is a list of 256 or fewer 0xRRGGBB for a palette mask, else None; lossy
-        is True for a format that does not keep values.
+        (raw, palette, damage): palette is a list of 256 or fewer 0xRRGGBB for a palette mask, else None;
+        damage says what may have altered values, such as 'is a JPEG', or nothing.
     """
     path = Path(path)
     with _naming(path):
         if path.suffix.lower() == ".npy":
-            return _npy_mask(path, max_pixels, data), None, False
+            return _npy_mask(path, max_pixels, data), None, ""
         with _open(path, max_pixels, data) as picture:
             pages, palette = _count_pages(picture), None
             if pages > 1:
@@ -148,10 +148,8 @@ def load_mask(path, as_colours: bool = False, max_pixels: int = MAX_PIXELS, data
             if picture.mode == "P":
                 colours = np.array(picture.getpalette("RGB"), np.int64).reshape(-1, 3)
                 palette = (colours @ (65536, 256, 1)).tolist()
-            lossy = picture.format in ("JPEG", "MPO") or (
-                picture.format == "WEBP" and b"VP8 " in (data or b"")[:64]
-            )
-            return _mask_values(_upright(picture), as_colours), palette, lossy
+            damage = _damage(picture, path, data)
+            return _mask_values(_upright(picture), as_colours), palette, damage
 
 
 @contextmanager
@@ -299,3 +297,18 @@ def _mask_values(picture: Image.Image, as_colours: bool) -> np.ndarray:
     if picture.mode == "LA":
         return _to_channels(picture, 1)[..., 0]
     return _to_channels(picture, 3)  # RGBA with its transparent pixels black, CMYK, ...
+
+
+def _damage(picture: Image.Image, path: Path, data: bytes | None) -> str:
+    """What may have altered a mask's values unseen, as far as the file tells."""
+    if picture.format in ("JPEG", "MPO"):
+        return "is a JPEG"
+    if picture.format == "WEBP" and b"VP8L" not in (data or path.read_bytes()):
+        return "is a lossy WebP"
+    if "jpeg" in str(picture.info.get("compression")):
+        return "is a TIFF that holds a JPEG"
+    if ";16" in str(picture.tile) and not picture.mode.startswith("I"):
+        return "has 16 bits a channel, of which 8 are read"
+    if "A" in picture.getbands() and any(picture.getchannel("A").histogram()[1:255]):
+        return "is half transparent"
+    return ""

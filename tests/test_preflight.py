@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -121,6 +123,23 @@ def only_ignored(root):
 def suffixed(root):
     for path in [*root.glob("*/masks/*")]:
         path.rename(path.with_stem(path.stem + "_gt"))
+
+
+def wide_png(path, ids):
+    """An RGB PNG of 16 bits a channel, which Pillow reads but cannot write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.repeat(ids[..., None], 3, axis=2))
+    head = struct.pack(">IIBBBBB", *ids.shape[::-1], 16, 2, 0, 0, 0)
+    with open(f"{path}.png", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(data)) + name + data)
+            file.write(struct.pack(">I", zlib.crc32(name + data)))
+
+
+def glassy_png(path, ids):
+    alpha = np.full(ids.shape, 255, np.uint8)
+    alpha[:, ::2] = 128  # class 2 would be 1
+    Image.fromarray(np.stack([ids.astype(np.uint8), alpha], axis=2)).save(f"{path}.png")
 
 
 REFUSED = {  # what is wrong: (how to make it, settings, what the message must name)
@@ -285,6 +304,18 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {},
         ["p0.npy", "int64", "uint8"],
     ),
+    "JPEG ids in a TIFF": (
+        lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.tif", i, compression="jpeg")),
+        {},
+        ["p0.tif", "JPEG"],
+    ),
+    "lossy WebP behind a colour profile": (
+        lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.webp", i > 1, icc_profile=bytes(3000))),
+        {},
+        ["p0.webp", "lossy WebP"],
+    ),
+    "ids of 16 bits a channel": (lambda r: each_mask(r, wide_png), {}, ["p0.png", "16 bits"]),
+    "half transparent ids": (lambda r: each_mask(r, glassy_png), {}, ["p0.png", "half transparent"]),
 }
 
 
@@ -500,6 +531,12 @@ HANDLED = {  # what is odd: (how to make it, settings, ids of the first training
         ),
         {},
         [[2]],
+        None,
+    ),
+    "lossless WebP": (
+        lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.webp", i, lossless=True)),
+        {},
+        IDS,
         None,
     ),
 }
