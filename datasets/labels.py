@@ -92,6 +92,11 @@ class Encoding:
         """True when palette masks are to be read as colours."""
         return self.kind == "colours"
 
+    @property
+    def is_dense(self) -> bool:
+        """True when raw values lie side by side: what damages one makes another of it, which nobody sees."""
+        return not self.as_colours and bool((np.diff([raw for raw, _ in self.table]) == 1).any())
+
     def lookup(self, raws: np.ndarray) -> np.ndarray:
         """Class ids of raw values of any shape, int64; UNKNOWN for those that have none."""
         known, ids = np.array(self.table, np.int64).T

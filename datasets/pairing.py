@@ -103,7 +103,10 @@ def pair_truth(images: list[Path], truth_folder, mask_suffix: str, encoding: Enc
     chosen = [masks[image.stem + mask_suffix] for image in images]
     for mask in chosen:
         try:
-            encoding.encode(load_mask(mask, encoding.as_colours)[0])
+            raw, _, damage = load_mask(mask, encoding.as_colours)
+            encoding.encode(raw)
+            if damage and encoding.is_dense:
+                raise ValueError(f"{damage}, so that class ids may have changed unseen")
         except ValueError as error:
             finding = str(error).removeprefix(f"{mask}: ")
             problems.add("mask", mask, finding, "give masks that are encoded as the training's were")

@@ -268,7 +268,7 @@ def _count_classes(mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, 
             strays[raw] += count
         elif ids[raw] != encoding.ignore_index:
             counts[ids[raw]] += count
-    if stats.damage and encoding.kind == "indices":  # ids lie too close together for damage to be seen
+    if stats.damage and encoding.is_dense:
         finding = f"{stats.damage}, so that class ids may have changed unseen"
         problems.add("lossy masks", mask, finding, "export it again as an 8-bit PNG")
     elif strays:

@@ -316,6 +316,19 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
     ),
     "ids of 16 bits a channel": (lambda r: each_mask(r, wide_png), {}, ["p0.png", "16 bits"]),
     "half transparent ids": (lambda r: each_mask(r, glassy_png), {}, ["p0.png", "half transparent"]),
+    "JPEG ids among palettes": (
+        lambda r: (
+            each_mask(r, palette_png),
+            save_mask(replace(r / "val/masks/p0.png", r / "val/masks/p0.jpg"), IDS * 0),
+        ),
+        {},
+        ["p0.jpg", "is a JPEG"],
+    ),
+    "JPEG ids by a map": (
+        lambda r: save_mask(replace(r / "val/masks/p0.png", r / "val/masks/p0.jpg"), IDS * 0),
+        {"labels": "0=0,1=1,2=2"},
+        ["p0.jpg", "is a JPEG"],
+    ),
 }
 
 
@@ -659,3 +672,10 @@ def test_little_is_remembered_of_a_lossy_mask(root, tmp_path, labels):
     stats = json.loads(memory.read_text())["train/masks/p0.png"]["stats"]
     assert len(stats["keys"]) <= (3 if labels == "snap" else 512)
     assert labels == "auto" or sum(stats["counts"]) == IDS.size
+
+
+def test_a_truth_of_lossy_ids_is_refused(root):
+    report = check_data(root, num_classes=3)
+    save_mask(replace(root / "val/masks/p0.png", root / "val/masks/p0.jpg"), IDS * 0)
+    with pytest.raises(DataError, match=r"p0\.jpg.*is a JPEG"):
+        pair_truth(find_images(root / "val/images"), root / "val/masks", "", report.encoding)
