@@ -324,24 +324,23 @@ def _find_values(masks, counts: Counter, num_classes: int, ignore_index: int, sn
     if ignore_index >= 0:
         indices[ignore_index] = None
     values, strays = set(counts), set(counts) - set(indices)
+    only_ends = values == {0, 255}
     if values == {0, 1, 255} and not any({1, 255} <= set(mask.keys) for mask in masks):
         raise ValueError(
             "some masks hold 0 and 1, others 0 and 255, none all three: 255 may be a class or ignored. "
             "Say which: labels '0=0,1=1,255=1' or '0=0,1=1,255=ignore'."
         )
-    if num_classes == 2 and values == {0, 255}:
-        return "binary", {0: 0, 255: 1}
-    if not strays:
+    if not strays and not only_ends:
         return "indices", indices
     ends = sum(count for value, count in counts.items() if min(abs(value), abs(value - 255)) <= NEAR)
     bright = any(abs(value - 255) <= NEAR for value in values)
-    damaged = snap or len(values) > 8 or any(mask.damage for mask in masks)
+    damaged = snap or only_ends or len(values) > 8 or any(mask.damage for mask in masks)
     if num_classes == 2 and bright and damaged and ends >= 0.8 * counts.total():
         return "binary", {0: 0, 255: 1}  # strays are snapped, or named file by file
     if snap:
         raise ValueError("labels is 'snap', but class ids lie 1 apart: name the values.")
     from_one = 0 not in values and num_classes in values
-    if from_one or (len(values) <= 64 and 2 * len(strays) >= len(values)):
+    if only_ends or from_one or (len(values) <= 64 and 2 * len(strays) >= len(values)):
         raise ValueError(
             f"num_classes {num_classes} wants ids 0..{num_classes - 1}, and {ignore_index} for ignored. "
             "Set num_classes right, or name the values."

@@ -329,6 +329,11 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {"labels": "0=0,1=1,2=2"},
         ["p0.jpg", "is a JPEG"],
     ),
+    "0/255 and ignored, three classes": (
+        lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", (i > 0) * 255)),
+        {},
+        ["0=0,255=1", "num_classes 3"],
+    ),
 }
 
 
