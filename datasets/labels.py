@@ -286,15 +286,16 @@ def _choose(
         kind = "values"
     else:
         kind, table = _find_values(masks, counts, num_classes, ignore_index, wanted.snap)
-        shown = _one_palette(masks) if kind == "indices" else {}
-        if shown:
+        shown = {0: 0, 255: 0xFFFFFF} if kind == "binary" else _one_palette(masks)
+        if kind == "indices" and shown:
             kind, palette = "palette", tuple(shown.get(i, 0) for i in range(max(*shown, *table) + 1))
+        name = "value" if kind == "binary" else "palette index"
         own = {colour: id_ for id_, colour in enumerate(declared)}
         for raw, colour in shown.items():
             if table.get(raw) is not None and own.get(colour, table[raw]) != table[raw]:
                 warnings.append(
-                    f"palette index {raw} shows #{colour:06x}, which class_colors gives to class "
-                    f"{own[colour]}; the index counts. If the colour should, map #colours in labels"
+                    f"{name} {raw} shows #{colour:06x}, which class_colors gives to class {own[colour]}; the "
+                    f"{name} counts. If the colour should, map #colours in labels"
                 )
     ids = set(table.values()) - {None, ignore_index}
     if beyond := ids - set(range(num_classes)):

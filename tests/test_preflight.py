@@ -557,6 +557,12 @@ HANDLED = {  # what is odd: (how to make it, settings, ids of the first training
         IDS,
         None,
     ),
+    "0/255 drawn the other way round": (
+        binary,
+        {"num_classes": 2, "class_colors": ((255, 255, 255), (0, 0, 0))},
+        IDS > 0,
+        "value 0 shows #000000",
+    ),
 }
 
 
