@@ -306,8 +306,9 @@ def _choose(
             "class's own in class_colors), or lower num_classes."
         )
     rows = sorted((raw, ignore_index if id_ is None else id_) for raw, id_ in table.items())
-    encoding = Encoding(kind, num_classes, ignore_index, tuple(rows), wanted.snap, palette)
-    if wanted.snap:
+    snap = wanted.snap and kind not in ("indices", "palette")  # between ids that lie 1 apart nothing is near
+    encoding = Encoding(kind, num_classes, ignore_index, tuple(rows), snap, palette)
+    if snap:
         raws = np.array(list(counts))
         far = raws[nearest(raws, dict(rows), colours)[1] > NEAR].tolist()
         large = Counter({raw: counts[raw] for raw in far if counts[raw] > RARE * counts.total()})
