@@ -191,12 +191,12 @@ def nearest(raws: np.ndarray, known, colours: bool) -> tuple[np.ndarray, np.ndar
         apart = np.linalg.norm(points(raws) - point, axis=1)
         found[apart < distance] = raw
         distance = np.minimum(distance, apart)
-    return found, distance
+    return np.where(raws == UNKNOWN, raws, found), distance
 
 
 def raw_name(raw: int, colours: bool) -> str:
     """A raw value as the user writes it in `labels`."""
-    return f"#{raw:06x}" if colours else str(raw)
+    return str(raw) if not colours else f"#{raw:06x}" if raw >= 0 else "beyond 0..255"
 
 
 def _some(names: list, most: int = SHOWN) -> str:

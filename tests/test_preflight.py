@@ -142,6 +142,10 @@ def glassy_png(path, ids):
     Image.fromarray(np.stack([ids.astype(np.uint8), alpha], axis=2)).save(f"{path}.png")
 
 
+def save_wide(path, ids):
+    Image.fromarray(ids.astype(np.uint16)).save(path)
+
+
 REFUSED = {  # what is wrong: (how to make it, settings, what the message must name)
     "no such root": (lambda r: shutil.rmtree(r), {}, ["data_root", "is not a folder"]),
     "no val folder": (lambda r: shutil.rmtree(r / "val"), {}, ["val/images"]),
@@ -333,6 +337,16 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", (i > 0) * 255)),
         {},
         ["0=0,255=1", "num_classes 3"],
+    ),
+    "16-bit values among colours": (
+        lambda r: (each_mask(r, colour_png), save_wide(r / "val/masks/p0.png", IDS * 1000)),
+        {"class_colors": COLOURS},
+        ["val/masks/p0.png", "beyond 0..255"],
+    ),
+    "16-bit values among colours, snapped": (
+        lambda r: (each_mask(r, colour_png), save_wide(r / "val/masks/p0.png", (IDS > 5) + 1000)),
+        {"class_colors": ((255, 255, 255), *COLOURS), "num_classes": 4, "labels": "snap"},
+        ["val/masks/p0.png", "beyond 0..255"],
     ),
 }
 
