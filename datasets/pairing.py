@@ -1,6 +1,7 @@
 """Which mask belongs to which picture: by the name before the dot, across file types; never by a pattern."""
 
 import os
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,9 @@ def pair_split(
         files = list_pictures(each)
         if not files:
             problems.add("empty", each, "holds no picture", f"put {' '.join(SUFFIXES)} files there")
+        for path in files:
+            if re.search("[\ud800-\udfff]", path.name):  # how Python shows bytes that are no text
+                problems.add("names", path, "its name is no UTF-8", "rename it")
         others = [path for path in each.iterdir() if path.suffix.lower() not in SUFFIXES]
         others = sorted(path.name for path in others if not is_hidden(path))
         if others:

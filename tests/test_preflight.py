@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -704,3 +705,12 @@ def test_a_truth_of_lossy_ids_is_refused(root):
     save_mask(replace(root / "val/masks/p0.png", root / "val/masks/p0.jpg"), IDS * 0)
     with pytest.raises(DataError, match=r"p0\.jpg.*is a JPEG"):
         pair_truth(find_images(root / "val/images"), root / "val/masks", "", report.encoding)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
+def test_a_name_that_is_no_utf8_is_refused(root):
+    for kind in ("images", "masks"):
+        folder = os.fsencode(root / "train" / kind)
+        os.rename(folder + b"/p0.png", folder + b"/\xfcbung.png")
+    with pytest.raises(DataError, match=r"train/images/.bung\.png.*rename"):
+        check_data(root, num_classes=3)
