@@ -154,8 +154,8 @@ class Encoding:
     @classmethod
     def from_dict(cls, values: dict) -> "Encoding":
         """Inverse of `to_dict`."""
-        table = tuple((raw, id_) for raw, id_ in values["table"])
-        return cls(**{**values, "table": table, "palette": tuple(values["palette"])})
+        rows = {"table": tuple(map(tuple, values["table"])), "palette": tuple(values["palette"])}
+        return cls(**{**values, **rows})
 
     def describe(self) -> str:
         """One line for the user."""

@@ -60,14 +60,12 @@ def find_images(path, recursive: bool = False) -> list[Path]:
         DataError: something is there, but no picture among it.
     """
     path = Path(path).expanduser()
+    if not path.exists() and not glob.has_magic(str(path)):
+        raise FileNotFoundError(f"{path}: there is no such file. Give a picture, a folder or a pattern.")
     if path.is_dir():
         found = list_pictures(path, recursive)
-    elif path.exists():
-        found = [path] if path.suffix.lower() in SUFFIXES else []
-    elif glob.has_magic(str(path)):
-        found = _pictures(map(Path, glob.glob(str(path), recursive=True)))
     else:
-        raise FileNotFoundError(f"{path}: there is no such file. Give a picture, a folder or a pattern.")
+        found = _pictures([path] if path.exists() else map(Path, glob.glob(str(path), recursive=True)))
     if not found:
         below = "" if recursive else " (folders below it are searched with recursive)"
         raise DataError(f"{path}: no picture found; looked for {' '.join(SUFFIXES)}{below}.")
