@@ -1,6 +1,7 @@
 """Small data sets and runs that several tests start from."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -9,6 +10,13 @@ import pytest
 from PIL import Image
 
 from config import Config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_doors():
+    """As the first test begins, and captured like it."""
+    if "doors" in sys.modules:  # some test of this session uses it
+        sys.modules["doors"].warm_up()
 
 
 def write_pair(root, split, stem, rng, size=(48, 40), ignore=255):
