@@ -12,8 +12,8 @@ class; `lightning_smp`: segmentation_models.pytorch's DeepLabV3Plus of the same 
 - script, script_amp: a loop in the manner of milesial/Pytorch-UNet: Pillow resizes, no augmentation; RMSprop,
   cross entropy and Dice over softmax and one-hot, clipped gradients, channels_last; validation by Dice, at
   the epoch's end alone; in float32 and with its autocast on.
---workers is the number of the others' loader processes (on two cores none was faster than two). Needs
-segmentation-models-pytorch, lightning and albumentations; without them the rows say so.
+--workers is the number of the others' loader processes; on two cores none was faster than two. The peers need
+segmentation-models-pytorch, lightning and albumentations; without one the row says so.
 
 Goals: on 64 + 16 CamVid pictures 2.2 times faster than lightning, on all of them 2.6; 2.4 times faster than
 script, 1.3 times faster than script_amp.

@@ -102,7 +102,10 @@ def test_every_field_has_a_remark_and_help_shows_it_with_its_default():
 
 
 def test_a_remark_goes_on_in_the_comment_below_its_field():
-    assert field_remarks(Config)["resize"][1].endswith("cut in windows at its scale")
+    remarks = field_remarks(Config)
+    assert remarks["resize"][1].startswith("how a picture comes to image_size")
+    assert remarks["resize"][1].endswith("cut in windows at its scale")
+    assert remarks["labels"][1].endswith("or #000000=0,#ff0000=1")
     assert field_remarks(Config)["vflip"][1].startswith("probability")
 
 
@@ -153,7 +156,13 @@ def test_config_file_is_read_and_flags_override_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("{", "JSON"), ("[1]", "object"), ('{"epoch": 3}', "'epochs'"), ('{"epochs": "x"}', "epochs")],
+    [
+        ("{", "JSON"),
+        ("[1]", "object"),
+        ('{"epoch": 3}', "'epochs'"),
+        ('{"epochs": "x"}', "epochs"),
+        ('{"learning_rate": 1' + 400 * "0" + "}", "learning_rate must be a number"),
+    ],
 )
 def test_a_wrong_config_file_is_refused(tmp_path, text, word):
     path = tmp_path / "config.json"
@@ -188,6 +197,33 @@ def test_resuming_keeps_the_runs_settings_and_refuses_a_contradiction():
         resumed_settings(today, Config(epochs=5).saved, {"epochs": 9}, ())
 
 
+def test_a_run_that_began_from_other_weights_can_be_resumed():
+    run = Config(model="segnet", init_from="old/best.pt", freeze_backbone=True)
+    found = resumed_settings(Config(resume="runs/x"), run.saved, {"resume": "runs/x"}, ())
+    assert found == run
+
+
+def test_resuming_with_the_runs_own_size_as_one_number_is_no_contradiction():
+    run, given = Config(image_size=64).saved, {"image_size": 64}
+    assert resumed_settings(Config(resume="runs/x", **given), run, given, ()).image_size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"data_root": "nowhere"},
+        {"resume": "nowhere"},
+        {"init_from": "nowhere"},
+        {"model": "fcn", "pretrained": "nowhere"},
+    ],
+    ids=lambda named: [*named][-1],
+)
+def test_what_a_setting_names_and_is_not_there_is_refused(named):
+    Config(**{name: value for name, value in named.items() if name == "model"}).refuse_missing()
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*Give"):
+        Config(**named).refuse_missing()
+
+
 @pytest.mark.parametrize("door", ["train.py", "predict.py"])
 def test_help_and_a_wrong_flag_are_answered_before_torch_is_imported(door):
     code = (
@@ -198,7 +234,8 @@ def test_help_and_a_wrong_flag_are_answered_before_torch_is_imported(door):
         "finally:\n"
         "    print('torch' in sys.modules, file=sys.stderr)\n"
     )
-    for flag, status in (("--help", 0), ("--nonsense", 2)):
+    missing = ("--data_root=nowhere", 2) if door == "train.py" else ("--window=1", 2)
+    for flag, status in (("--help", 0), ("--nonsense", 2), missing):
         done = subprocess.run([sys.executable, "-c", code, flag], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status
         assert done.stderr.splitlines()[-1] == "False"

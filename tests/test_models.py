@@ -14,8 +14,7 @@ from torch.export import Dim
 
 from models import FCN, MODELS, DeepLabV3Plus, PSPNet, SegNet, UNet, build_model
 from models.backbones import RESNETS, VGGS
-from models.deeplabv3plus import MergingConv2d
-from models.layers import AtrousConv2d, PooledBatchNorm2d, SeparableConvBNReLU
+from models.layers import AtrousConv2d, MergingConv2d, PooledBatchNorm2d, SeparableConvBNReLU
 
 ROOT = Path(__file__).parent.parent
 SMALL = {  # cheap settings; a network without an entry is tested with its defaults
