@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from config import Config
+from utils import visualize
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,6 +73,19 @@ def data(tmp_path):
 def settings(data, tmp_path):
     """Small settings on that data."""
     return small_settings(data, tmp_path / "runs")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For runs whose numbers alone are looked at: drawing takes half of their time."""
+    for name in ("draw_curves", "draw_report"):
+        monkeypatch.setattr(visualize, name, lambda *_, **__: Image.new("RGB", (1, 1)))
+
+
+@pytest.fixture
+def narrow_fcn(monkeypatch):
+    """FCN with 32 channels in fc6 and fc7 instead of 4096, which make 100 million weights."""
+    monkeypatch.setattr("models.fcn.FC_CHANNELS", 32)
 
 
 @pytest.fixture(scope="session")
