@@ -18,6 +18,8 @@ from models import read_checkpoint
 from utils import checkpoint as files
 from utils.cli import Fail, end_with
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 resource = pytest.importorskip("resource", reason="the limits and signals of POSIX")
 
 
