@@ -464,9 +464,10 @@ def train_one_epoch(run: Run) -> int:
 
 
 def estimate_time(run: Run, epoch_over: bool) -> None:
-    """Say once how long the run's steps will take, as soon as two seconds of them, or an epoch, are timed."""
+    """Say once how long the run's steps will take: after ten of them, or 20 seconds, or an epoch."""
     steps, seconds = run.clock.since_first(run.schedule.position)
-    if run.clock.told or not steps or (seconds < 2 and not epoch_over):
+    enough = epoch_over or seconds > 20 or (steps >= 10 and seconds > 2)
+    if run.clock.told or not steps or not enough:
         return
     run.clock.told = True
     all_steps = run.schedule.total_steps - run.schedule.position + steps
