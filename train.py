@@ -338,7 +338,7 @@ def start(run: Run) -> None:
         save_last(run)
     write_json(run.folder / "config.json", config.saved | {"versions": run_files.versions()})
     (run.folder / "samples").mkdir(exist_ok=True)
-    keys = [(0, index) for index in range(min(2 * SHOWN, len(run.train_set)))]
+    keys = [(0, index) for index in spread(len(run.train_set), 2 * SHOWN)]
     images, masks = run.train_set.batch(keys)
     panel = visualize.augmented_panel(
         hwc(images), masks.numpy(), config.names, run.palette, config.ignore_index
@@ -363,6 +363,12 @@ def start(run: Run) -> None:
         "folder": str(run.folder),
     }
     print("\n".join(f"{name:<10} {text}" for name, text in rows.items()), flush=True)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` of `total` indices, evenly apart: neighbours are often frames of one video."""
+    count = min(count, total)
+    return [total * place // count for place in range(count)]
 
 
 def multiply_adds(run: Run) -> float:
@@ -592,7 +598,7 @@ class Evaluation:
 def evaluate(
     run: Run,
     weights: dict[str, Tensor],
-    keep: Iterable[int] = range(SHOWN),
+    keep: Iterable[int] | None = None,
     only: Sequence[int] | None = None,
 ) -> Evaluation:
     """Score weights on the validation pictures, each once and at its own mask's size.
@@ -600,10 +606,11 @@ def evaluate(
     Args:
         run: the run.
         weights: of the model.
-        keep: indices of the pictures to hand back as rows for `visualize.sample_panels`.
+        keep: indices of the pictures to hand back as rows for `visualize.sample_panels`; None for a few.
         only: indices of the pictures to score; None for all.
     """
     config, pictures = run.config, len(run.val_set)
+    keep = spread(pictures, SHOWN) if keep is None else keep
     distributed.from_main(weights)
     own = ConfusionMatrix(config.num_classes, config.ignore_index, run.device)
     states = torch.zeros(pictures, len(own.state()), dtype=torch.int64, device=run.device)
