@@ -177,7 +177,8 @@ def what_happened(error: Exception, config: Config, device: torch.device, folder
             f"Free some, then {go_on}; or start anew{weights} with {', '.join(less)}"
         )
     if distributed.is_lost(error):
-        return f"another process of this run has ended: {first_line}. Mend what ended it, then {go_on}"
+        reason = first_line.split("] ", 1)[-1].split(". ")[0]  # without gloo's file and its good wishes
+        return f"another process of this run has ended: {reason}. Mend what ended it, then {go_on}"
     if "DataLoader worker" in first_line:
         return f"{first_line}. Where memory ran out, take fewer num_workers; then {go_on}"
     return f"{error}. Mend that, then {go_on}" if isinstance(error, (DataError, OSError)) else None

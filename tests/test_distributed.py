@@ -1,6 +1,7 @@
 """Several processes are one run: the same scores, the same steps, one writer."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,10 +39,13 @@ distributed.leave()
 """
 
 
-def start(processes, *words):
+def command(processes, *words):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-    command = [sys.executable, *launcher, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return [sys.executable, *launcher, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *words]
+
+
+def start(processes, *words):
+    return subprocess.run(command(processes, *words), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_two_processes_score_and_step_as_one_does(settings, tmp_path):
@@ -70,3 +74,28 @@ def test_torchrun_makes_one_run_with_one_writer(data, tmp_path):
     assert done.stdout.count("Epoch 2/2") == 1
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.name != ".cache"] == ["run"]
     assert (tmp_path / "runs" / "run" / "report.png").exists()
+
+
+def test_ctrl_c_on_torchrun_saves_and_says_once_how_to_go_on(data, tmp_path):
+    flags = f"--data_root {data} --output_dir {tmp_path}/runs --run_name run --num_classes 2 --image_size 32"
+    flags += " --base_channels 4 --epochs 10000 --batch_size 4 --cache off --num_workers 1"
+    launcher = subprocess.Popen(
+        command(2, "train.py", *flags.split()),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in launcher.stdout:
+            if line.startswith("Epoch 2/"):
+                break
+        launcher.send_signal(signal.SIGINT)
+        _, said = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    last = tmp_path / "runs" / "run" / "last.pt"
+    assert said.count(f"error: stopped; go on with --resume {last.parent}") == 1
+    assert said.count("stopping after this step") == 1
+    assert "train.py" not in said.split("error: stopped")[0]  # no traceback of ours
+    assert torch.load(last, weights_only=True)["progress"]["epoch"] >= 1
