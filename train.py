@@ -5,9 +5,22 @@ import sys
 from config import Config
 from utils.cli import Fail, Parsed, end_with, mendable, parse, resumed_settings
 
+
+def read_flags() -> Parsed:
+    """The settings, with what they name looked for.
+
+    Raises:
+        Fail: a wrong flag or value, or a file or folder that is not there.
+    """
+    parsed = parse(Config, sys.argv[1:], __doc__)
+    with mendable():
+        parsed.settings.refuse_missing()
+    return parsed
+
+
 PARSED: Parsed | None = None
-if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
-    PARSED = end_with(lambda: parse(Config, sys.argv[1:], __doc__))
+if __name__ == "__main__":  # before torch is imported, so that --help and wrong settings are answered at once
+    PARSED = end_with(read_flags)
 
 import hashlib
 import os
@@ -395,7 +408,7 @@ def train(run: Run) -> None:
         row = {
             "epoch": number,
             "steps": run.schedule.position,
-            "learning_rate": run.schedule.plan()[run.schedule.position - 1],
+            "learning_rate": run.schedule.rate(run.schedule.position - 1),
             **{f"train_{name}": value / len(run.train_set) for name, value in progress.sums.items()},
         }
         row["images_per_second"] = pictures / (time.perf_counter() - started)
@@ -551,7 +564,7 @@ def refuse_non_finite(run: Run, step: int, batches: list[list[int]]) -> None:
     if step < 0:
         return
     files = ", ".join(str(run.train_set.pairs[index].image) for index in batches[step])
-    rate = run.schedule.plan()[run.progress.epoch * run.schedule.steps_per_epoch + step]
+    rate = run.schedule.rate(run.progress.epoch * run.schedule.steps_per_epoch + step)
     raise Fail(
         f"the loss is not finite in epoch {run.progress.epoch + 1}, step {step + 1} (learning rate "
         f"{rate:.3g}, {run.precision}), pictures {files}. {what_now(run)}",
@@ -696,9 +709,9 @@ def end_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
         return
     with run.clock.to("saving"):
         run_files.write_log(run.folder / "log.csv", progress.rows)
-        last = progress.epoch == config.epochs
-        if last or run.clock.share("saving") < 0.1:  # not at every one of many short epochs
+        if run.clock.share("saving") < 0.1:  # not at every one of many short epochs; `finish` draws the last
             draw_curves(run)
+        last = progress.epoch == config.epochs
         if found and (last or progress.epoch % max(1, config.epochs // 10) == 0):
             panel = visualize.sample_panels(found.rows, config.names, run.palette, config.ignore_index)
             write_image(run.folder / "samples" / f"epoch_{progress.epoch:03d}.png", panel)

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Barrier
 
 import numpy as np
@@ -18,6 +20,8 @@ from .transforms import Augmentation, Box, fit, fit_mask, generator_for, place
 from .warp import apply_move
 
 VERSION = 1  # of cached samples; raise it when reading or fitting gives other bytes
+SHORT_WORK = 100_000  # pixels of a cached sample, counted twice where it is turned: up to here one thread is
+# faster than two, which wait for each other (for Python's lock) between operations of microseconds
 
 
 def read_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box]:
@@ -76,7 +80,6 @@ class SegmentationDataset:
         self.evaluation = evaluation
         self.threads = threads
         self.cache = None
-        self._pool = None
         self._stored = np.promote_types(  # the smallest type that holds all ids
             np.min_scalar_type(encoding.num_classes - 1), np.min_scalar_type(ignore_index)
         )
@@ -91,9 +94,6 @@ class SegmentationDataset:
     def __getitems__(self, keys):
         """What a DataLoader asks for: a whole batch at once."""
         return self.batch(keys)
-
-    def __getstate__(self):
-        return {**self.__dict__, "_pool": None}
 
     def batch(self, keys) -> tuple[torch.Tensor, torch.Tensor]:
         """Training samples of (epoch, index) keys: images (N, C, h, w) uint8, masks (N, h, w)."""
@@ -110,8 +110,19 @@ class SegmentationDataset:
             move = self.augmentation.draw(generator_for(self.seed, epoch, index), mask.shape, self.image_size)
             apply_move(image, mask, move, images[position], masks[position], self.ignore_index)
 
-        list(self._map(make, range(len(keys))))
+        if self._is_short_work(keys):
+            with _one_thread():
+                list(map(make, range(len(keys))))
+        else:
+            list(self._map(make, range(len(keys))))
         return images, masks
+
+    def _is_short_work(self, keys) -> bool:
+        """Whether these samples are made sooner one after the other than on threads."""
+        pixels = self.image_size[0] * self.image_size[1] * (2 if self.augmentation.rotate else 1)
+        return (
+            pixels <= SHORT_WORK and self.cache is not None and all(index in self.cache for _, index in keys)
+        )
 
     def evaluation_item(self, index: int) -> tuple[torch.Tensor, Box, torch.Tensor]:
         """A whole picture for scoring.
@@ -202,13 +213,29 @@ class SegmentationDataset:
         return image, mask.astype(self._stored)
 
     def _map(self, function, items):
-        """Lazy map over this data set's threads; in the order of `items`."""
-        threads = self.threads or torch.get_num_threads()
-        if threads == 1 or len(items) == 1 or get_worker_info() is not None:
-            return map(function, items)
-        if self._pool is None:
-            self._pool = _single_threaded_pool(threads)
-        return self._pool.map(function, items)
+        """Lazy map over this data set's threads; in the order of `items`.
+
+        The threads end with the map: as long as another thread that used OpenMP lives, OpenMP takes the
+        processor for crowded and lets the network's threads sleep between their operations, each of which
+        then costs some 40 microseconds more.
+        """
+        threads = min(self.threads or torch.get_num_threads(), len(items))
+        if threads <= 1 or get_worker_info() is not None:
+            yield from map(function, items)
+            return
+        with _single_threaded_pool(threads) as pool:
+            yield from pool.map(function, items)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute on this thread alone: operations of microseconds are not worth sharing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .checkpoint import read_checkpoint
 from .deeplabv3plus import DeepLabV3Plus
@@ -53,6 +54,11 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
 
     Raises:
         ValueError: an unknown name or option, or a value that the network refuses.
+
+    Example:
+        >>> model = build_model("unet", num_classes=5, base_channels=8)
+        >>> model(torch.zeros(2, 3, 40, 56)).shape
+        torch.Size([2, 5, 40, 56])
     """
     check_choice("model", name, MODELS)
     known = list(inspect.signature(MODELS[name]).parameters)[2:]  # after num_classes and in_channels
@@ -61,7 +67,19 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else "Leave it out."
             raise ValueError(f"{name} takes the options {', '.join(known)}; got {key!r}. {hint}")
+    if torch.get_default_device().type == "meta":  # shapes alone are wanted
+        with _NoInitialWeights():
+            return MODELS[name](num_classes, in_channels, **options)
     return MODELS[name](num_classes, in_channels, **options)
+
+
+class _NoInitialWeights(TorchFunctionMode):
+    """Draws no weights at random; on the meta device that imports the compiler, which takes a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", None) == "normal_":  # of torch.Tensor, or of torch.nn.init
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> nn.Module:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .backbones import RESNETS, ResNet
 from .layers import (
     ConvBNReLU,
+    MergingConv2d,
     PooledBatchNorm2d,
     SeparableConvBNReLU,
     check_choice,
@@ -46,6 +47,33 @@ class ASPP(nn.Module):
         return self.dropout(self.project(torch.cat(branches, dim=1)))  # 1280 → 256
 
 
+class Merge(nn.Sequential):
+    """The decoder's first step: both maps into one, 3x3 convolution, batch norm, ReLU."""
+
+    def __init__(self, coarse_channels: int, fine_channels: int, out_channels: int) -> None:
+        super().__init__(
+            MergingConv2d(coarse_channels, fine_channels, out_channels),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        """Merge (N, K, h, w) and (N, L, H, W) to (N, out_channels, H, W)."""
+        conv, norm, relu = self
+        return relu(norm(conv(coarse, fine)))
+
+
+class SeparableMerge(SeparableConvBNReLU):
+    """The same by a separable convolution, whose two halves are cheap as they are."""
+
+    def __init__(self, coarse_channels: int, fine_channels: int, out_channels: int) -> None:
+        super().__init__(coarse_channels + fine_channels, out_channels)
+
+    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        """Merge (N, K, h, w) and (N, L, H, W) to (N, out_channels, H, W)."""
+        return super().forward(torch.cat([resize(coarse, like=fine), fine], dim=1))
+
+
 class DeepLabV3Plus(nn.Module):
     """DeepLabv3+: wide context by dilated convolutions, sharp edges by one early map.
 
@@ -72,6 +100,9 @@ class DeepLabV3Plus(nn.Module):
 
     Shape:
         images (N, in_channels, H, W), H and W at least 32 → logits (N, num_classes, H, W).
+
+    Raises:
+        ValueError: an argument out of its range or choices; images of other channels, or too small.
     """
 
     def __init__(
@@ -89,13 +120,13 @@ class DeepLabV3Plus(nn.Module):
         check_choice("backbone", backbone, RESNETS)
         check_choice("output_stride", output_stride, RATES)
         self.in_channels = in_channels
-        conv = SeparableConvBNReLU if separable else ConvBNReLU
+        merge, conv = (SeparableMerge, SeparableConvBNReLU) if separable else (Merge, ConvBNReLU)
         self.backbone = ResNet(backbone, in_channels, output_stride)
         fine_channels, *_, deep_channels = self.backbone.out_channels
         self.aspp = ASPP(deep_channels, RATES[output_stride], separable, dropout)
         self.fine = ConvBNReLU(fine_channels, FINE_CHANNELS, kernel=1)
         self.decoder = nn.Sequential(
-            conv(ASPP_CHANNELS + FINE_CHANNELS, ASPP_CHANNELS),
+            merge(ASPP_CHANNELS, FINE_CHANNELS, ASPP_CHANNELS),
             conv(ASPP_CHANNELS, ASPP_CHANNELS),
         )
         self.head = nn.Conv2d(ASPP_CHANNELS, num_classes, kernel_size=1)
@@ -109,6 +140,6 @@ class DeepLabV3Plus(nn.Module):
         check_images(images, self.in_channels)
         fine, _, _, deep = self.backbone(images)  # 1/4 and 1/output_stride
         fine = self.fine(fine)  # (N, 48, H/4, W/4)
-        x = resize(self.aspp(deep), like=fine)  # (N, 256, H/4, W/4)
-        x = self.decoder(torch.cat([x, fine], dim=1))  # 304 → 256
+        merge, refine = self.decoder
+        x = refine(merge(self.aspp(deep), fine))  # (N, 256, H/4, W/4)
         return resize(self.head(x), like=images)

@@ -24,7 +24,7 @@ class BilinearUpsample(nn.ConvTranspose2d):
     @torch.no_grad()
     def start_bilinear(self) -> None:
         """Set the weights: each channel to itself alone, by a triangle over two input positions."""
-        position = torch.arange(2 * self.factor, device=self.weight.device)
+        position = torch.arange(2 * self.factor, device="cpu")
         triangle = 1 - (position - (self.factor - 0.5)).abs() / self.factor
         self.weight.zero_()
         self.weight.diagonal(dim1=0, dim2=1).copy_((triangle[:, None] * triangle).unsqueeze(-1))
@@ -58,6 +58,9 @@ class FCN(nn.Module):
 
     Shape:
         images (N, in_channels, H, W), H and W at least 32 → logits (N, num_classes, H, W).
+
+    Raises:
+        ValueError: an argument out of its range or choices; images of other channels, or too small.
     """
 
     pretrained_names = {"classifier.0.": "fc6.", "classifier.3.": "fc7."}  # beside the backbone's own keys

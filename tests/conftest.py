@@ -25,24 +25,22 @@ def write_pair(root, split, stem, rng, size=(48, 40), ignore=255):
         Image.fromarray(array).save(root / split / folder / f"{stem}.png")
 
 
-@pytest.fixture
-def data(tmp_path):
+def write_data(folder):
     """Six training and three validation pictures of several sizes, two classes."""
     rng = np.random.default_rng(0)
     for split, sizes in (("train", [(48, 40)] * 5 + [(60, 70)]), ("val", [(48, 40), (40, 64), (50, 50)])):
         for number, size in enumerate(sizes):
-            write_pair(tmp_path / "data", split, f"p{number}", rng, size)
-    return tmp_path / "data"
+            write_pair(folder, split, f"p{number}", rng, size)
+    return folder
 
 
-@pytest.fixture
-def settings(data, tmp_path):
+def small_settings(data, runs):
     """Make a Config of a small, quick run on that data; any setting can be given."""
 
     def make(**changes):
         small = dict(
             data_root=str(data),
-            output_dir=str(tmp_path / "runs"),
+            output_dir=str(runs),
             run_name="run",
             num_classes=2,
             image_size=32,
@@ -54,3 +52,22 @@ def settings(data, tmp_path):
         return Config(**{**small, **changes})
 
     return make
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Pictures that the test may change."""
+    return write_data(tmp_path / "data")
+
+
+@pytest.fixture
+def settings(data, tmp_path):
+    """Small settings on that data."""
+    return small_settings(data, tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def kept_settings(tmp_path_factory):
+    """Small settings on data that no test changes, for runs that several tests look at."""
+    folder = tmp_path_factory.mktemp("kept")
+    return small_settings(write_data(folder / "data"), folder / "runs")

@@ -3,13 +3,14 @@
 import os
 import pickle
 import signal
+import threading
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from datasets import Augmentation, DataError, Encoding, Pair, find_images, fit, read_image, read_mask
+from datasets import Augmentation, DataError, Encoding, Pair, find_images, fit, folder, read_image, read_mask
 from datasets.folder import SegmentationDataset, read_fitted
 from datasets.reading import load_image
 from datasets.sampling import Loader, epoch_batches, evaluation_shard
@@ -188,6 +189,21 @@ def test_threads_leave_torch_as_many_as_it_had(tmp_path):
     before = torch.get_num_threads()
     make_dataset(tmp_path, threads=3).batch([(0, 0), (0, 1)])
     assert torch.get_num_threads() == before
+
+
+def test_no_thread_outlives_its_batch(tmp_path):
+    """One that did would slow each of the network's operations."""
+    make_dataset(tmp_path, threads=3).batch([(0, 0), (0, 1), (0, 2)])
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("samples")]
+
+
+def test_small_cached_samples_need_no_thread(tmp_path, monkeypatch):
+    dataset = make_dataset(tmp_path, threads=3)
+    dataset.use_cache("ram", None)
+    keys = [(0, index) for index in range(6)]
+    first = dataset.batch(keys)
+    monkeypatch.setattr(folder, "_single_threaded_pool", lambda threads: pytest.fail("a thread"))
+    assert equal(dataset.batch(keys), first)
 
 
 @pytest.mark.parametrize("resize", ["stretch", "letterbox", "crop"])

@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import doors
 import pytest
 import torch
 
@@ -18,8 +19,6 @@ from utils import checkpoint as files
 from utils.cli import Fail, end_with
 
 resource = pytest.importorskip("resource", reason="the limits and signals of POSIX")
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["train"])
 
 
 def at_step(number, fault):
@@ -43,7 +42,8 @@ def child(config, log, number, fault, environment):
     os.chdir(log.parent)
     multiprocessing.set_start_method("fork", force=True)  # of loading processes, as where `child` is main
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    if "RANK" in environment:  # several at once; one alone must add up in the order of the unbroken run
+        torch.set_num_threads(1)
     if fault:
         train.train_step = at_step(number, fault)
     try:
@@ -53,7 +53,7 @@ def child(config, log, number, fault, environment):
 
 
 def start_child(config, log, number=0, fault=None, **environment):
-    process = CHILDREN.Process(target=child, args=(config, log, number, fault, environment))
+    process = doors.CONTEXT.Process(target=child, args=(config, log, number, fault, environment))
     process.start()
     return process
 

@@ -1,6 +1,9 @@
 """Weights from files: checkpoints of runs, and public classification weights."""
 
+import subprocess
+import sys
 import urllib.error
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +42,14 @@ def test_a_loaded_model_predicts_as_the_saved_one_and_tells_what_the_run_knew(pa
     assert not loaded.training and all(value.requires_grad for value in loaded.parameters())
     assert loaded.info.class_names == ["sky", "road", "tree"] and loaded.info.image_size == [64, 96]
     assert loaded.info.architecture["options"] == OPTIONS
+
+
+def test_building_for_weights_from_a_file_does_not_import_the_compiler():
+    """It takes a second, which every prediction would wait for."""
+    code = "import sys, torch as t, models; t.set_default_device('meta'); "
+    code += "[models.build_model(name, 3) for name in models.MODELS]\n"
+    code += "assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
 
 
 def test_averaged_weights_are_the_ones_that_predict(path):
@@ -153,21 +164,22 @@ def test_segnet_takes_vgg16_with_and_without_batch_norm(path, bn):
     assert len(report.missing) == (0 if bn else 13 * 4) and len(report.loaded) == (91 if bn else 26)
 
 
-def test_fcn_takes_its_two_wide_layers_from_the_classifier(path):
+def test_fcn_takes_its_two_wide_layers_from_the_classifier(path, monkeypatch):
+    monkeypatch.setattr("models.fcn.FC_CHANNELS", 64)  # instead of 4096, which make 100 million weights
     row = torch.rand(25088)  # one neuron's weights over (512, 7, 7), the same for all: a small file
     torch.save(
         {
             **VGG("vgg11").state_dict(),
-            "classifier.0.weight": row.expand(4096, -1),
-            "classifier.3.weight": row[:4096].expand(4096, -1),
-            "classifier.6.weight": torch.rand(1000, 1).expand(-1, 4096),
+            "classifier.0.weight": row.expand(64, -1),
+            "classifier.3.weight": row[:64].expand(64, -1),
+            "classifier.6.weight": torch.rand(1000, 1).expand(-1, 64),
         },
         path,
     )
     model = build_model("fcn", 2, backbone="vgg11")
     report = load_pretrained(model, path)
     assert torch.equal(model.fc6.weight[7], row.reshape(512, 7, 7))
-    assert torch.equal(model.fc7.weight[7, :, 0, 0], row[:4096])
+    assert torch.equal(model.fc7.weight[7, :, 0, 0], row[:64])
     assert report.left_over == ("classifier.6.weight",) and report.missing == ("fc6.bias", "fc7.bias")
 
 

@@ -152,16 +152,6 @@ def restore(logits: Tensor, box: Any) -> Tensor:
     )
 
 
-def _fused(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """Both in one; a plain Conv2d, since a class of convolutions without bias may not look at one."""
-    shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    fused = nn.Conv2d(*shape, groups=conv.groups, padding_mode=conv.padding_mode, device="meta")
-    fused.weight, fused.bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-    return fused.requires_grad_(False).eval()
-
-
 def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator[tuple[int, int, Tensor]]:
     """What `restore` gives, but for rounding, in strips of so many numbers from top to bottom.
 
@@ -208,14 +198,16 @@ def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
         model(torch.zeros(1, in_channels, 64, 64, device=next(model.parameters()).device))
     for handle in handles:
         handle.remove()
-    replaced: dict[nn.Module, nn.Module] = {}
     for conv, norm in pairs:
-        replaced[conv], replaced[norm] = _fused(conv, norm), nn.Identity()
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+    folded = {norm for _, norm in pairs}
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if child in replaced:
-                setattr(module, name, replaced[child])
-    return model
+            if child in folded:
+                setattr(module, name, nn.Identity())
+    return model.requires_grad_(False)
 
 
 def sliding_blocks(
