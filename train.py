@@ -473,12 +473,12 @@ def train_one_epoch(run: Run) -> int:
             progress.step = step + 1
             minutes = (time.monotonic() - run.saved_at) / 60
             late = bool(config.save_every_minutes) and minutes > config.save_every_minutes
-            run.stop.number, late = distributed.largest([run.stop.number, late])
-            if run.stop.number or late:
+            signaled, late = distributed.largest([run.stop.number, late])
+            if signaled or late:
                 refuse_non_finite(run, int(bad_step), batches)
                 progress.sums = over_processes(run, sums)
                 save_last(run)
-                leave_if_stopped(run)
+                leave_if_stopped(run, signaled)
     progress.sums = over_processes(run, sums)
     return sum(sizes) - done
 
@@ -579,18 +579,18 @@ def what_now(run: Run) -> str:
     return f"{kept}Try a lower learning_rate, clip_grad 1, more warmup_steps, or amp off"
 
 
-def leave_if_stopped(run: Run) -> None:
-    """End the process after a signal; the caller has saved.
+def leave_if_stopped(run: Run, signaled: int) -> None:
+    """End the process after the signal that all processes know of; the caller has saved.
 
     Raises:
         Fail: a signal came.
         SystemExit: it did, and another process says so.
     """
-    if run.stop.number:
+    if signaled:
         distributed.wait_for_all()
         if not run.processes.is_main:
-            sys.exit(128 + run.stop.number)
-        raise Fail(f"stopped; go on with --resume {run.folder}", 128 + run.stop.number)
+            sys.exit(128 + signaled)
+        raise Fail(f"stopped; go on with --resume {run.folder}", 128 + signaled)
 
 
 def averaged_weights(run: Run) -> dict[str, Tensor]:
@@ -681,10 +681,10 @@ def validation_logits(
             for index, (image, box, truth), one in zip(batch, items, logits, strict=True):
                 picture = restore(image[None].float(), box).round().to(torch.uint8)
                 yield index, picture, truth[None].to(run.device), one
-            (run.stop.number,) = distributed.largest([run.stop.number])
-            if run.stop.number:  # validation is done again on resume
+            (signaled,) = distributed.largest([run.stop.number])
+            if signaled:  # validation is done again on resume
                 save_last(run)
-                leave_if_stopped(run)
+                leave_if_stopped(run, signaled)
             bar.update(len(batch))
 
 
