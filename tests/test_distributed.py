@@ -49,12 +49,11 @@ def test_two_processes_score_and_step_as_one_does(settings, tmp_path):
     started = []
     for rank in "01":
         environment = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        args = (config, tmp_path / "two.pt", environment)
-        started.append(doors.CONTEXT.Process(target=score_and_step, args=args))
-        started[-1].start()
-    for process in started:
+        arguments = (config, tmp_path / "two.pt", environment)
+        started.append(doors.fork(score_and_step, arguments, tmp_path / rank))
+    for rank, process in enumerate(started):
         process.join(120)
-        assert process.exitcode == 0
+        assert process.exitcode == 0, (tmp_path / f"{rank}.err").read_text()
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert torch.equal(one["counts"], two["counts"])
     assert one["each"] == two["each"]
