@@ -74,6 +74,11 @@ def test_waiting_for_data_brings_advice_at_once_and_at_the_end(settings, monkeyp
     assert all("num_workers" in line for line in advised)
 
 
+def test_the_pictures_shown_are_spread_over_the_split():
+    assert train.spread(101, 4) == [0, 25, 50, 75]
+    assert train.spread(3, 4) == [0, 1, 2]
+
+
 def test_advice_comes_above_a_tenth_of_the_time():
     clock = Clock()
     clock.seconds |= {"data": 1.0, "step": 9.0}
