@@ -151,6 +151,30 @@ class Config:
         self._check_lengths()
         self._check_pairs()
 
+    def refuse_missing(self) -> None:
+        """Refuse a data folder, a run or a file of weights that is not there, before anything slow is done.
+
+        Raises:
+            FileNotFoundError: naming the setting, the path and the remedy.
+        """
+        if self.resume:
+            known = self.resume == "auto" or Path(self.resume).exists()
+            if not known:
+                raise FileNotFoundError(
+                    f"no run at {self.resume}. Give resume an existing run, or leave it out"
+                )
+            return
+        if not Path(self.data_root).expanduser().is_dir():
+            raise FileNotFoundError(
+                f"data_root {self.data_root} is not a folder. Give the folder that holds train/ and val/"
+            )
+        for name in ("init_from", "pretrained"):
+            path = getattr(self, name)
+            if path not in (None, "none", "imagenet") and not Path(path).is_file():
+                raise FileNotFoundError(
+                    f"no file of weights at {path}. Give {name} the path of an existing file"
+                )
+
     def pick(self, *names: str) -> dict[str, Any]:
         """Some settings by name, to hand on as keyword arguments."""
         return {name: getattr(self, name) for name in names}

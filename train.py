@@ -5,9 +5,22 @@ import sys
 from config import Config
 from utils.cli import Fail, Parsed, end_with, mendable, parse, resumed_settings
 
+
+def read_flags() -> Parsed:
+    """The settings, with what they name looked for.
+
+    Raises:
+        Fail: a wrong flag or value, or a file or folder that is not there.
+    """
+    parsed = parse(Config, sys.argv[1:], __doc__)
+    with mendable():
+        parsed.settings.refuse_missing()
+    return parsed
+
+
 PARSED: Parsed | None = None
-if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
-    PARSED = end_with(lambda: parse(Config, sys.argv[1:], __doc__))
+if __name__ == "__main__":  # before torch is imported, so that --help and wrong settings are answered at once
+    PARSED = end_with(read_flags)
 
 import hashlib
 import os
@@ -45,6 +58,7 @@ from utils.checkpoint import (
 from utils.device import (
     autocast,
     describe_device,
+    is_busy,
     is_out_of_memory,
     keep_freed_memory,
     peak_memory,
@@ -55,7 +69,7 @@ from utils.distributed import ONE_PROCESS, Processes
 from utils.ema import Ema
 from utils.inference import Network, normalize, picture_logits, restore
 from utils.optim import Schedule, build_optimizer, build_schedule
-from utils.run import END_MARK, Clock, StopSignal, class_table, format_score, score_columns
+from utils.run import END_MARK, Clock, StopSignal, class_table, format_score, format_time, score_columns
 
 FREE = ("num_workers", "device", "cache", "cache_dir", "save_every_minutes")  # settings that change no result
 SHOWN = 4  # pictures in a panel of samples/ and in the report
@@ -343,7 +357,7 @@ def start(run: Run) -> None:
         hwc(images), masks.numpy(), config.names, run.palette, config.ignore_index
     )
     write_image(run.folder / "samples" / "augmented.png", panel)
-    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     options = [f"{name} {value}" for name, value in config.model_options.items()]
     loss = [f"{name} {value}" for name, value in config.loss_options.items()]
     height, width = config.image_size
@@ -352,12 +366,13 @@ def start(run: Run) -> None:
         "classes": f"{config.num_classes}: {', '.join(config.names)}",
         "picture": f"{height} x {width}, {config.resize}, {config.in_channels} channels",
         "model": f"{config.model} ({', '.join(options)})",
-        "size": f"{parameters / 1e6:.2f} M parameters, {multiply_adds(run) / 1e9:.2f} G multiply-adds",
+        "size": f"{parameters:.2f} M parameters, {multiply_adds(run) / 1e6:,.0f} M multiply-adds a picture",
         "loss": ", ".join([config.loss, *loss]),
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g}, batch {config.batch_size}",
         "schedule": f"{config.scheduler}, {config.epochs} epochs of {run.schedule.steps_per_epoch} steps, "
-        f"{run.schedule.warmup_steps} of them to warm up",
-        "device": f"{describe_device(run.device)}, {str(run.precision).removeprefix('torch.')}",
+        f"{run.schedule.warmup_steps} steps to warm up",
+        "device": f"{describe_device(run.device)}, {str(run.precision).removeprefix('torch.')}"
+        + (f", {run.processes.world_size} processes" if run.processes.world_size > 1 else ""),
         "folder": str(run.folder),
     }
     print("\n".join(f"{name:<10} {text}" for name, text in rows.items()), flush=True)
@@ -431,8 +446,9 @@ def train_one_epoch(run: Run) -> int:
     with progress_bar(total=len(run.train_set), description=f"Epoch {epoch + 1}") as bar:
         done = bar.n = bar.initial = sum(sizes[: progress.step])
         for step in range(progress.step, len(batches)):
-            with run.clock.to("data"):
-                images, masks, _ = next(loader)
+            waiting = time.perf_counter()
+            images, masks, _ = next(loader)
+            run.clock.add("step" if is_busy(run.device) else "data", waiting)  # a busy GPU waits for nothing
             with run.clock.to("step"):
                 terms = train_step(run, images, masks, epoch, step)
                 for name, value in terms.items():
@@ -445,6 +461,7 @@ def train_one_epoch(run: Run) -> int:
                     loss = float(sums["loss"]) / sum(sizes[: step + 1])
                     bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                     shown_at = time.monotonic()
+                    estimate_time(run, epoch_over=step + 1 == len(batches))
             bar.update(sizes[step])
             progress.step = step + 1
             minutes = (time.monotonic() - run.saved_at) / 60
@@ -457,6 +474,21 @@ def train_one_epoch(run: Run) -> int:
                 leave_if_stopped(run)
     progress.sums = over_processes(run, sums)
     return sum(sizes) - done
+
+
+def estimate_time(run: Run, epoch_over: bool) -> None:
+    """Say once how long the run's steps will take, as soon as two seconds of them, or an epoch, are timed."""
+    steps, seconds = run.clock.since_first(run.schedule.position)
+    if run.clock.told or not steps or (seconds < 2 and not epoch_over):
+        return
+    run.clock.told = True
+    all_steps = run.schedule.total_steps - run.schedule.position + steps
+    tqdm.write(
+        f"{'time':<10} about {format_time(seconds / steps * all_steps)} of steps for "
+        f"{run.config.epochs - run.progress.epoch} epochs, by the pace of {steps} steps; "
+        f"validation comes on top{run.clock.advice()}",
+        file=sys.stdout,
+    )
 
 
 def over_processes(run: Run, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -800,6 +832,10 @@ def print_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None
         f"{name.removeprefix('train_')} {row[name]:.4f}" for name in row if name.startswith("train_")
     )
     line = f"  {terms}, learning rate {row['learning_rate']:.3g}, {row['images_per_second']:.0f} pictures/s"
+    steps, seconds = run.clock.since_first(run.schedule.position)
+    if steps and not is_over(run):
+        ahead = (run.schedule.total_steps - run.schedule.position) * seconds / steps
+        line += f", about {format_time(ahead)} left"
     if found:
         best = "  (best so far)" if run.progress.best_epoch == row["epoch"] else ""
         line += f"\n  validation loss {found.loss:.4f}, mean IoU {format_score(found.scores.mean_iou)}, "

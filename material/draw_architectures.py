@@ -315,7 +315,8 @@ def draw_deeplabv3plus():
     context = page.slab(872, y, out, "context")
     page.join(concat, context, words=net.words("aspp.project"))
 
-    y, fine_shape, merged_shape = 502, net.outputs["fine"], net.inputs["decoder"]
+    y, fine_shape = 502, net.outputs["fine"]
+    merged_shape = (out[0] + fine_shape[0], fine_shape[1])  # of the two maps that the decoder takes
     turn = stages[2].x
     fine = page.slab(turn + 88, y, fine_shape, "encoder", below=stride_name(fine_shape))
     down = [(turn, stages[2].bottom + 70), (turn, y), (fine.left - 3, y)]
@@ -327,7 +328,7 @@ def draw_deeplabv3plus():
     x, level = merged.x + 4, 410
     drop = [(context.x, context.bottom + 4), (context.x, level), (x, level), (x, merged.top - 11)]
     page.arrow(drop, words=f"upsample ×{out[1] / merged_shape[1]:g}")
-    convs = page.stack(596, y, net.outputs["decoder"], "decoder", len(net.model.decoder), gap=6)
+    convs = page.stack(596, y, net.outputs["decoder.1"], "decoder", len(net.model.decoder), gap=6)
     page.text(convs.x, convs.bottom + 16, f"{len(net.model.decoder)} × {net.words('decoder')}", 12, FAINT)
     page.join(merged, convs)
     shape = net.outputs["head"]

@@ -208,6 +208,22 @@ def test_resuming_with_the_runs_own_size_as_one_number_is_no_contradiction():
     assert resumed_settings(Config(resume="runs/x", **given), run, given, ()).image_size == (64, 64)
 
 
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"data_root": "nowhere"},
+        {"resume": "nowhere"},
+        {"init_from": "nowhere"},
+        {"model": "fcn", "pretrained": "nowhere"},
+    ],
+    ids=lambda named: [*named][-1],
+)
+def test_what_a_setting_names_and_is_not_there_is_refused(named):
+    Config(**{name: value for name, value in named.items() if name == "model"}).refuse_missing()
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*Give"):
+        Config(**named).refuse_missing()
+
+
 @pytest.mark.parametrize("door", ["train.py", "predict.py"])
 def test_help_and_a_wrong_flag_are_answered_before_torch_is_imported(door):
     code = (
@@ -218,7 +234,8 @@ def test_help_and_a_wrong_flag_are_answered_before_torch_is_imported(door):
         "finally:\n"
         "    print('torch' in sys.modules, file=sys.stderr)\n"
     )
-    for flag, status in (("--help", 0), ("--nonsense", 2)):
+    missing = ("--data_root=nowhere", 2) if door == "train.py" else ("--window=1", 2)
+    for flag, status in (("--help", 0), ("--nonsense", 2), missing):
         done = subprocess.run([sys.executable, "-c", code, flag], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status
         assert done.stderr.splitlines()[-1] == "False"

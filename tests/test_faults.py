@@ -3,7 +3,6 @@
 import errno
 import multiprocessing
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -18,6 +17,8 @@ import train
 from models import read_checkpoint
 from utils import checkpoint as files
 from utils.cli import Fail, end_with
+
+resource = pytest.importorskip("resource", reason="the limits and signals of POSIX")
 
 
 def at_step(number, fault):

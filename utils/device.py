@@ -98,6 +98,11 @@ def describe_device(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
+def is_busy(device: torch.device) -> bool:
+    """Whether a GPU still has work; a CPU has done it all when the call returns."""
+    return device.type == "cuda" and not torch.cuda.current_stream(device).query()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the GPU or of the machine, for which torch has no exception of its own."""
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
