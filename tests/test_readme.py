@@ -182,6 +182,12 @@ def test_every_file_that_the_readme_names_is_there():
         assert (ROOT / target).exists(), target
 
 
+def test_every_heading_that_the_readme_points_to_is_there():
+    headings = re.findall(r"^## (.*)$", TEXT, re.M)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
+
+
 def test_requirements_are_plain_lower_bounds_of_the_six_packages():
     lines = (ROOT / "requirements.txt").read_text(encoding="ascii").split("\n")
     names = {re.split(r"[>=;]", line)[0] for line in lines if line}
