@@ -240,7 +240,7 @@ class Config:
             (1e-6, 1, "step_gamma"),
             (1e-6, 0.999999, "plateau_factor"),
             (0, 180, "rotate"),
-            (2, 65535, "num_classes"),
+            (2, 32768, "num_classes"),  # predicted ids are int16 above 256 of them
             (0, 2**63 - 1, "seed"),
             (-(2**31), 2**31 - 1, "ignore_index"),
         )

@@ -69,6 +69,7 @@ def test_a_flag_sets_its_field(argv, name, value):
         (["--poly_power", "0"], ["poly_power", "or more", "got 0.0"]),
         (["--model", "fcn", "--backbone_lr_scale", "0"], ["backbone_lr_scale", "or more", "got 0.0"]),
         (["--num_classes", "1"], ["num_classes", "2"]),
+        (["--num_classes", "40000"], ["num_classes", "32768"]),
         (["--class_names", "a", "b"], ["class_names", "4 classes", "got 2"]),
         (["--class_names", "a", "a", "b", "c"], ["class_names", "differ"]),
         (["--ignore_index", "3"], ["ignore_index", "0 to 3", "got 3"]),

@@ -6,6 +6,7 @@ and what a schedule will do can be drawn before it does it.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import KW_ONLY, dataclass
 
@@ -111,7 +112,7 @@ def check_groups(model: nn.Module, groups: list[dict]) -> None:
         )
 
 
-def _poly(schedule, step):
+def _poly(schedule: "Schedule", step: int) -> float:
     """DeepLab's "poly" (Chen, 2016) over the steps after the warm-up; the last has a rate above 0."""
     length = schedule.total_steps - schedule.warmup_steps
     return max(0.0, 1 - (step - schedule.warmup_steps) / length) ** schedule.poly_power
@@ -150,6 +151,11 @@ class Schedule:
 
     Raises:
         ValueError: unknown name, or a value out of range.
+
+    Example:
+        >>> optimizer = build_optimizer(nn.Linear(2, 1), "sgd", lr=1.0)
+        >>> build_schedule(optimizer, "step", steps_per_epoch=1, epochs=4, step_size=2).plan()
+        [1.0, 1.0, 0.1, 0.1]
     """
 
     optimizer: torch.optim.Optimizer
@@ -221,11 +227,11 @@ class Schedule:
         vars(self).update(state)
         self._set_rates()
 
-    def _factor(self, step):
+    def _factor(self, step: int) -> float:
         warming = step < self.warmup_steps
         return (step + 1) / (self.warmup_steps + 1) if warming else SCHEDULES[self.name](self, step)
 
-    def _set_rates(self):
+    def _set_rates(self) -> None:
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * self._factor(self.position)
 
@@ -233,12 +239,12 @@ class Schedule:
 build_schedule = Schedule  # called as build_optimizer is
 
 
-def _one_of(field, name, choices):
+def _one_of(field: str, name: str, choices: Iterable[str]) -> None:
     if name not in choices:
         hint = near(str(name), list(choices)) or " Choose one of these."
         raise ValueError(f"{field} must be one of {', '.join(choices)}; got {name!r}.{hint}")
 
 
-def _within(field, value, right, wanted):
+def _within(field: str, value: float, right: bool, wanted: str) -> None:
     if not right:
         raise ValueError(f"{field} must be {wanted}; got {value}. Change that setting.")
