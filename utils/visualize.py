@@ -46,7 +46,7 @@ def default_palette(num_classes: int) -> list[Color]:
     step = 0
     while len(colors) < num_classes:  # hues by the golden ratio, so that neighbours in the list lie far apart
         light, strength = (0.92, 0.68, 0.45)[step % 3], (0.85, 0.50)[step // 3 % 2]
-        color = colorsys.hsv_to_rgb(step * 0.618034 % 1, strength, light)
+        color = colorsys.hsv_to_rgb(step * 0.618034 % 1, strength * 0.98 ** (step // 2000), light)
         color = tuple(round(255 * value) for value in color)
         if color not in known:
             known.add(color)
