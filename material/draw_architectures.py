@@ -153,6 +153,7 @@ class Sheet:
     def join(self, one, other, style="flow", dashed=False, words=""):
         """A level arrow from one thing to the next on its right."""
         self.arrow([(one.side + 2, other.y), (other.left - 3, other.y)], style, dashed, words)
+        return other
 
     def finished(self, key):
         """The page as text, with a legend at its foot: "style: words" divided by bars.
@@ -200,14 +201,13 @@ def draw_unet():
     rows = {1: 178, 2: 318, 4: 432, 8: 524, 16: 598}
     for stride, y in rows.items():
         page.text(30, y + 4, stride_name((0, stride)), 13, FAINT, "start")
-    image = page.slab(80, rows[1], net.inputs[""], "image")
-    boxes, before = {}, image
+    boxes, before = {}, page.slab(80, rows[1], net.inputs[""], "image")
     for level in range(1, 6):
         shape, convs = net.outputs[f"enc{level}"], net.convs(f"enc{level}")
         y, x = rows[shape[1]], before.right + (32 if level == 1 else 28)
         box = boxes[level] = page.slab(x, y, shape, "encoder", count=len(convs))
         if level == 1:
-            page.join(image, box)
+            page.join(before, box)
         else:
             turn = before.right - 8
             page.arrow([(turn, before.bottom + 3), (turn, y), (box.left - 3, y)], "pool")
@@ -217,14 +217,12 @@ def draw_unet():
         y, turn, skip = rows[shape[1]], before.side + 26, net.outputs[f"enc{level}"][0]
         x, rise = turn - 0.75 * page.wide(joined[0]), joined[0] - skip
         merged = page.slab(x, y, joined, [("copy", skip), ("decoder", rise)], f"{skip} + {rise}")
-        convs = net.convs(f"dec{level}.conv")
-        box = page.slab(merged.side + 22, y, shape, "decoder", count=len(convs))
-        page.join(merged, box)
+        count = len(net.convs(f"dec{level}.conv"))
+        box = page.join(merged, page.slab(merged.side + 22, y, shape, "decoder", count=count))
         page.arrow([(boxes[level].side + 3, y), (merged.left - 3, y)], "skip", dashed=True)
         page.arrow([(before.side + 2, before.y), (turn, before.y), (turn, merged.bottom + 3)], "up")
         before = box
-    scores = page.slab(before.side + 36, rows[1], net.outputs["head"], "scores")
-    page.join(before, scores)
+    page.join(before, page.slab(before.side + 36, rows[1], net.outputs["head"], "scores"))
     page.text(before.side + 17, rows[1] - 8, net.words("head").removeprefix("conv "), 11, FAINT)
     return page.finished(
         "encoder: encoder | copy: copied | decoder: decoder | scores: class scores | "
@@ -268,8 +266,7 @@ def draw_deeplabv3plus():
     concat = page.slab(730, y, net.inputs["aspp.project"], bands, below="concatenate")
     page.arrow([(692, y), (concat.left - 3, y)])
     out = net.outputs["aspp.project"]
-    context = page.slab(872, y, out, "context")
-    page.join(concat, context, words=net.words("aspp.project"))
+    context = page.join(concat, page.slab(872, y, out, "context"), words=net.words("aspp.project"))
 
     y, turn, shape = 502, stages[2].x, net.outputs["fine"]
     fine = page.slab(turn + 88, y, shape, "encoder", below=stride_name(shape))
@@ -277,8 +274,8 @@ def draw_deeplabv3plus():
     page.arrow(down, "skip", words=net.words("fine"))
     bands = [("context", out[0]), ("encoder", shape[0])]
     merged = page.slab(452, y, (out[0] + shape[0], shape[1]), bands, "", "concatenate")
-    page.text(merged.side + 6, merged.top - 4, f"{out[0]} + {shape[0]}", anchor="start")
     page.join(fine, merged, "skip")
+    page.text(merged.side + 6, merged.top - 4, f"{out[0]} + {shape[0]}", anchor="start")
     x, level = merged.x + 4, 410
     drop = [(context.x, context.bottom + 4), (context.x, level), (x, level), (x, merged.top - 11)]
     page.arrow(drop, words=f"upsample ×{out[1] / shape[1]:g}")
@@ -286,10 +283,10 @@ def draw_deeplabv3plus():
     words = f"{count} × {net.words('decoder')}"
     convs = page.slab(596, y, net.outputs["decoder.1"], "decoder", below=words, count=count, gap=6)
     page.join(merged, convs)
-    shape = net.outputs["head"]
+    shape, last = net.outputs["head"], net.outputs[""]
     coarse = page.slab(740, y, shape, "scores", below=stride_name(shape))
     page.join(convs, coarse, words=net.words("head"))
-    scores = page.slab(910, y, net.outputs[""], "scores", below=stride_name(net.outputs[""]))
+    scores = page.slab(910, y, last, "scores", below=stride_name(last))
     page.join(coarse, scores, words=f"upsample ×{shape[1]:g}")
     return page.finished(
         "encoder: residual stages | context: atrous spatial pyramid pooling (ASPP) | "
@@ -321,19 +318,16 @@ def draw_pspnet():
         page.text(578, middle + 16, "upsample", 12, FAINT)
         page.line([(wide.side + 2, middle), (682, middle), (682, y)])
         bands.append((BINS[i], narrow))
-    concat = page.slab(718, y, net.inputs["head"], bands, below="concatenate")
-    page.join(deep, concat)
-    conv = page.slab(818, y, net.outputs["head.0"], "decoder", below=net.words("head.0"))
-    page.join(concat, conv)
-    coarse = page.slab(876, y, net.outputs["head"], "scores")
-    page.join(conv, coarse)
-    scores = page.slab(950, y, net.outputs[""], "scores", below=stride_name(net.outputs[""]))
+    concat = page.join(deep, page.slab(718, y, net.inputs["head"], bands, below="concatenate"))
+    words, last = net.words("head.0"), net.outputs[""]
+    conv = page.join(concat, page.slab(818, y, net.outputs["head.0"], "decoder", below=words))
+    coarse = page.join(conv, page.slab(876, y, net.outputs["head"], "scores"))
+    scores = page.slab(950, y, last, "scores", below=stride_name(last))
     page.join(coarse, scores, words=f"×{net.outputs['head'][1]:g}")
     turn, y = stages[4].x, 502
     aux = page.slab(turn + 54, y, net.outputs["aux.0"], "decoder")
     page.arrow([(turn, stages[0].bottom + 64), (turn, y), (aux.left - 3, y)], dashed=True)
-    side = page.slab(aux.side + 26, y, net.outputs["aux"], "scores")
-    page.join(aux, side, dashed=True)
+    side = page.join(aux, page.slab(aux.side + 26, y, net.outputs["aux"], "scores"), dashed=True)
     page.text(side.side + 12, y + 4, "auxiliary scores, in training only", 12, FAINT, "start")
     return page.finished("encoder: dilated residual stages | decoder: convolution | scores: class scores")
 
@@ -359,15 +353,12 @@ def draw_fcn():
     image = page.slab(44, y, net.inputs[""], "image", below="image")
     before, pools = image, {}
     for i, (shape, count, pooled) in enumerate(vgg_stages(net), 1):
-        box = page.slab(before.side + 29, y, shape, "encoder", count=count, gap=3)
-        page.join(before, box)
+        box = page.join(before, page.slab(before.side + 29, y, shape, "encoder", count=count, gap=3))
         before = pools[f"pool{i}"] = page.slab(box.side + 5, y, pooled, "pool", "")
         page.caption(before.x, 282, f"pool{i}", stride_name(pooled))
     for key in ("fc6", "fc7"):
-        box = page.slab(before.side + 29, y, net.outputs[key], "context")
-        page.caption(box.x, 282, key, net.words(key))
-        page.join(before, box)
-        before = box
+        before = page.join(before, page.slab(before.side + 29, y, net.outputs[key], "context"))
+        page.caption(before.x, 282, key, net.words(key))
     shape, x = net.outputs["score"], before.x
     score = page.slab(x - 6, below, shape, "scores", below=stride_name(shape))
     page.arrow([(x, 308), (x, score.top - 26)])

@@ -131,20 +131,8 @@ class Schedule:
     """The learning rate of each step of a run, set in the optimizer's groups.
 
     In the first W = `warmup_steps` steps, k < W, the rate is base * (k + 1) / (W + 1); then base * factor.
-    Call `step()` after each optimizer step and `epoch_end(score)` after each epoch.
-
-    Args:
-        optimizer: fresh from `build_optimizer`; its groups' present rates are the base rates. When
-            resuming, load both states afterwards.
-        name: a key of SCHEDULES; it uses the options that begin with its name.
-        steps_per_epoch: optimizer steps, not batches, where gradients are accumulated.
-        epochs: length of the run.
-        warmup_steps: steps of linear warm-up in front of any schedule.
-        step_size: epochs between the cuts of `step`.
-        step_gamma: factor of each cut of `step`.
-        poly_power: exponent of `poly`.
-        plateau_factor: factor of each cut of `plateau`.
-        plateau_patience: validations without a rise that `plateau` bears.
+    Call `step()` after each optimizer step and `epoch_end(score)` after each epoch. To resume, load the
+    optimizer's state and this one's.
 
     Attributes:
         position: the number of steps taken; each group's `lr` is the one of the step to come.
@@ -158,17 +146,17 @@ class Schedule:
         [1.0, 1.0, 0.1, 0.1]
     """
 
-    optimizer: torch.optim.Optimizer
-    name: str
+    optimizer: torch.optim.Optimizer  # its groups' present rates are the base rates
+    name: str  # a key of SCHEDULES, which uses the options that begin with it
     _: KW_ONLY
-    steps_per_epoch: int
-    epochs: int
-    warmup_steps: int = 0
-    step_size: int = 30
-    step_gamma: float = 0.1
+    steps_per_epoch: int  # optimizer steps, not batches, where gradients are accumulated
+    epochs: int  # length of the run
+    warmup_steps: int = 0  # steps of linear warm-up in front of any schedule
+    step_size: int = 30  # epochs between two cuts
+    step_gamma: float = 0.1  # factor of each cut
     poly_power: float = 0.9
-    plateau_factor: float = 0.1
-    plateau_patience: int = 10
+    plateau_factor: float = 0.1  # of each cut
+    plateau_patience: int = 10  # validations without a rise that are borne
 
     def __post_init__(self) -> None:
         total = self.total_steps = self.steps_per_epoch * self.epochs

@@ -2,8 +2,9 @@
 
 Arrays and plain values in, a `PIL.Image` out; nothing here touches the disk. Pictures are uint8 (H, W) or
 (H, W, C): one channel is shown as grey, of more than three the first three. Class ids are integers (H, W);
-an id that is `ignore_index`, or no class at all, is drawn in the grey `IGNORED`. A class whose colour is
-black is not painted by overlays, so that a background leaves the picture as it is.
+a palette and names have an entry a class, and an id that is `ignore_index`, or no class at all, is drawn in
+the grey `IGNORED`. A class whose colour is black is not painted by overlays, so that a background leaves the
+picture as it is.
 """
 
 import colorsys
@@ -93,12 +94,7 @@ def overlay(
 ) -> Image.Image:
     """Lay the classes' colours over a picture, with a line of full colour where two classes meet.
 
-    Args:
-        image: uint8 (H, W) or (H, W, C).
-        ids: class ids (H, W).
-        palette: one (r, g, b) a class; a black class is not painted.
-        alpha: share of the colour, 0 to 1.
-        ignore_index: id that is no class, drawn in grey.
+    `alpha` is the share of the colour elsewhere, 0 to 1.
     """
     picture = _rgb(image)
     line = max(1, round(min(ids.shape) / 400))
@@ -120,11 +116,7 @@ def with_legend(
 ) -> Image.Image:
     """Put a strip with a swatch and a name a class under a picture.
 
-    Args:
-        picture: a `PIL.Image` of any size.
-        class_names: the names to list.
-        palette: one (r, g, b) a name.
-        shares: fraction of the pixels a name, printed as a percentage; names with none are left out.
+    `shares`, fractions of the pixels, are printed as percentages; classes with none are then left out.
     """
     if shares is not None:
         listed = [i for i, share in enumerate(shares) if share > 0]
@@ -145,13 +137,8 @@ def sample_panels(
 ) -> Image.Image:
     """Show pictures beside what they hold and what was found: picture, truth, prediction, errors.
 
-    Args:
-        rows: (image, truth ids, predicted ids, caption) each; all of one size within a row.
-        class_names: names for the legend.
-        palette: one (r, g, b) a class.
-        ignore_index: id of pixels that do not count, grey in truth and errors.
-        tile_width: width of each picture in the panel; None takes it from the widest picture, within limits.
-        legend: whether to add the legend.
+    All of one size within a row. `tile_width` is that of each picture in the panel; None takes it from the
+    widest picture, within limits.
     """
     tile_width = tile_width or min(300, max(180, *(image.shape[1] for image, *_ in rows)))
     heads = [_line(text, tile_width, 15, bold=True) for text in ("picture", "truth", "prediction", "errors")]
@@ -179,13 +166,8 @@ def augmented_panel(
 ) -> Image.Image:
     """Show a batch as the network sees it, each picture beside its overlay, two pairs a line.
 
-    Args:
-        images: uint8 (N, H, W, C), after augmentation, before normalisation.
-        masks: class ids (N, H, W).
-        class_names: names for the legend.
-        palette: one (r, g, b) a class.
-        ignore_index: id of pixels that do not count.
-        limit: show at most so many pictures.
+    Images are uint8 (N, H, W, C), after augmentation and before normalisation, masks class ids (N, H, W); at
+    most `limit` are shown.
     """
     images, masks = images[:limit], masks[:limit]
     tiles = []
@@ -225,19 +207,9 @@ def draw_report(
 ) -> Image.Image:
     """Draw a run as one page: scores, curves, a bar a class, confusion matrix, best and worst pictures.
 
-    Args:
-        rows: of log.csv.
-        class_names: one name a class.
-        palette: one (r, g, b) a class.
-        iou: (C,) with NaN where a class is neither present nor predicted.
-        dice: (C,) likewise.
-        counts: the confusion matrix (C, C), truth down, prediction across, in pixels.
-        best_rows: (image, truth ids, predicted ids, caption) each, as for `sample_panels`; may be empty.
-        worst_rows: likewise.
-        title: the run's name.
-        subtitle: one line of what ran.
-        ignore_index: id of pixels that do not count.
-        lr_plan: the planned learning rates, drawn as a faint line.
+    `iou` and `dice` (C,) are NaN where a class is neither present nor predicted; `counts` (C, C) is the
+    confusion matrix in pixels, truth down, prediction across. There may be no best and worst pictures. The
+    title is the run's name, the subtitle a line of what ran.
     """
     iou, dice, counts = (np.asarray(values, dtype=np.float64) for values in (iou, dice, counts))
     accuracy = counts.trace() / counts.sum() if counts.sum() else math.nan
