@@ -190,7 +190,8 @@ def what_happened(error: Exception, config: Config, device: torch.device, folder
             f"Free some, then {go_on}; or start anew{weights} with {', '.join(less)}"
         )
     if distributed.is_lost(error):
-        return f"another process of this run has ended: {first_line}. Mend what ended it, then {go_on}"
+        reason = first_line.split("] ", 1)[-1].split(". ")[0]  # without gloo's file and its good wishes
+        return f"another process of this run has ended: {reason}. Mend what ended it, then {go_on}"
     if "DataLoader worker" in first_line:
         return f"{first_line}. Where memory ran out, take fewer num_workers; then {go_on}"
     return f"{error}. Mend that, then {go_on}" if isinstance(error, (DataError, OSError)) else None
@@ -351,7 +352,7 @@ def start(run: Run) -> None:
         save_last(run)
     write_json(run.folder / "config.json", config.saved | {"versions": run_files.versions()})
     (run.folder / "samples").mkdir(exist_ok=True)
-    keys = [(0, index) for index in range(min(2 * SHOWN, len(run.train_set)))]
+    keys = [(0, index) for index in spread(len(run.train_set), 2 * SHOWN)]
     images, masks = run.train_set.batch(keys)
     panel = visualize.augmented_panel(
         hwc(images), masks.numpy(), config.names, run.palette, config.ignore_index
@@ -376,6 +377,12 @@ def start(run: Run) -> None:
         "folder": str(run.folder),
     }
     print("\n".join(f"{name:<10} {text}" for name, text in rows.items()), flush=True)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` of `total` indices, evenly apart: neighbours are often frames of one video."""
+    count = min(count, total)
+    return [total * place // count for place in range(count)]
 
 
 def multiply_adds(run: Run) -> float:
@@ -466,20 +473,21 @@ def train_one_epoch(run: Run) -> int:
             progress.step = step + 1
             minutes = (time.monotonic() - run.saved_at) / 60
             late = bool(config.save_every_minutes) and minutes > config.save_every_minutes
-            run.stop.number, late = distributed.largest([run.stop.number, late])
-            if run.stop.number or late:
+            signaled, late = distributed.largest([run.stop.number, late])
+            if signaled or late:
                 refuse_non_finite(run, int(bad_step), batches)
                 progress.sums = over_processes(run, sums)
                 save_last(run)
-                leave_if_stopped(run)
+                leave_if_stopped(run, signaled)
     progress.sums = over_processes(run, sums)
     return sum(sizes) - done
 
 
 def estimate_time(run: Run, epoch_over: bool) -> None:
-    """Say once how long the run's steps will take, as soon as two seconds of them, or an epoch, are timed."""
+    """Say once how long the run's steps will take: after ten of them, or 20 seconds, or an epoch."""
     steps, seconds = run.clock.since_first(run.schedule.position)
-    if run.clock.told or not steps or (seconds < 2 and not epoch_over):
+    enough = epoch_over or seconds > 20 or (steps >= 10 and seconds > 2)
+    if run.clock.told or not steps or not enough:
         return
     run.clock.told = True
     all_steps = run.schedule.total_steps - run.schedule.position + steps
@@ -556,7 +564,7 @@ def refuse_non_finite(run: Run, step: int, batches: list[list[int]]) -> None:
     if step < 0:
         return
     files = ", ".join(str(run.train_set.pairs[index].image) for index in batches[step])
-    rate = run.schedule.plan()[run.progress.epoch * run.schedule.steps_per_epoch + step]
+    rate = run.schedule.rate(run.progress.epoch * run.schedule.steps_per_epoch + step)
     raise Fail(
         f"the loss is not finite in epoch {run.progress.epoch + 1}, step {step + 1} (learning rate "
         f"{rate:.3g}, {run.precision}), pictures {files}. {what_now(run)}",
@@ -571,18 +579,18 @@ def what_now(run: Run) -> str:
     return f"{kept}Try a lower learning_rate, clip_grad 1, more warmup_steps, or amp off"
 
 
-def leave_if_stopped(run: Run) -> None:
-    """End the process after a signal; the caller has saved.
+def leave_if_stopped(run: Run, signaled: int) -> None:
+    """End the process after the signal that all processes know of; the caller has saved.
 
     Raises:
         Fail: a signal came.
         SystemExit: it did, and another process says so.
     """
-    if run.stop.number:
+    if signaled:
         distributed.wait_for_all()
         if not run.processes.is_main:
-            sys.exit(128 + run.stop.number)
-        raise Fail(f"stopped; go on with --resume {run.folder}", 128 + run.stop.number)
+            sys.exit(128 + signaled)
+        raise Fail(f"stopped; go on with --resume {run.folder}", 128 + signaled)
 
 
 def averaged_weights(run: Run) -> dict[str, Tensor]:
@@ -604,7 +612,7 @@ class Evaluation:
 def evaluate(
     run: Run,
     weights: dict[str, Tensor],
-    keep: Iterable[int] = range(SHOWN),
+    keep: Iterable[int] | None = None,
     only: Sequence[int] | None = None,
 ) -> Evaluation:
     """Score weights on the validation pictures, each once and at its own mask's size.
@@ -612,10 +620,11 @@ def evaluate(
     Args:
         run: the run.
         weights: of the model.
-        keep: indices of the pictures to hand back as rows for `visualize.sample_panels`.
+        keep: indices of the pictures to hand back as rows for `visualize.sample_panels`; None for a few.
         only: indices of the pictures to score; None for all.
     """
     config, pictures = run.config, len(run.val_set)
+    keep = spread(pictures, SHOWN) if keep is None else keep
     distributed.from_main(weights)
     own = ConfusionMatrix(config.num_classes, config.ignore_index, run.device)
     states = torch.zeros(pictures, len(own.state()), dtype=torch.int64, device=run.device)
@@ -672,10 +681,10 @@ def validation_logits(
             for index, (image, box, truth), one in zip(batch, items, logits, strict=True):
                 picture = restore(image[None].float(), box).round().to(torch.uint8)
                 yield index, picture, truth[None].to(run.device), one
-            (run.stop.number,) = distributed.largest([run.stop.number])
-            if run.stop.number:  # validation is done again on resume
+            (signaled,) = distributed.largest([run.stop.number])
+            if signaled:  # validation is done again on resume
                 save_last(run)
-                leave_if_stopped(run)
+                leave_if_stopped(run, signaled)
             bar.update(len(batch))
 
 

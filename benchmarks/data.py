@@ -14,7 +14,6 @@ times albumentations', on photos 40 times torchvision's; the first pass over pho
 and 1.2 times albumentations'.
 """
 
-import multiprocessing
 import random
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import torch
 from PIL import Image
 from timing import machine, options, print_goals, print_table, ratios, rotation, spread, write_json
 from torch.utils.data import DataLoader, Dataset
+from worker import CONTEXT
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -193,10 +193,10 @@ def serve(name: str, pairs, encoding, args, pipe) -> None:
 
 def measure(pairs, encoding, args) -> dict[str, list[float] | str]:
     """Samples per second of each pipeline by round, or why it is not measured."""
-    context, pipes, found = multiprocessing.get_context("spawn"), {}, {}
+    pipes, found = {}, {}
     for name in (FIRST, LATER, *PEERS):
-        pipe, theirs = context.Pipe()
-        context.Process(target=serve, args=(name, pairs, encoding, args, theirs)).start()
+        pipe, theirs = CONTEXT.Pipe()
+        CONTEXT.Process(target=serve, args=(name, pairs, encoding, args, theirs)).start()
         absent = pipe.recv()
         found[name] = absent or []
         if not absent:

@@ -1,6 +1,7 @@
 """Small data sets and runs that several tests start from."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -9,6 +10,16 @@ import pytest
 from PIL import Image
 
 from config import Config
+from utils import visualize
+
+os.fsync = lambda handle: None  # a twentieth of the time, more on a slow disk; no test loses power
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_doors():
+    """As the first test begins, and captured like it."""
+    if "doors" in sys.modules:  # some test of this session uses it
+        sys.modules["doors"].warm_up()
 
 
 def write_pair(root, split, stem, rng, size=(48, 40), ignore=255):
@@ -64,6 +75,19 @@ def data(tmp_path):
 def settings(data, tmp_path):
     """Small settings on that data."""
     return small_settings(data, tmp_path / "runs")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For runs whose numbers alone are looked at: drawing takes half of their time."""
+    for name in ("draw_curves", "draw_report"):
+        monkeypatch.setattr(visualize, name, lambda *_, **__: Image.new("RGB", (1, 1)))
+
+
+@pytest.fixture
+def narrow_fcn(monkeypatch):
+    """FCN with 32 channels in fc6 and fc7 instead of 4096, which make 100 million weights."""
+    monkeypatch.setattr("models.fcn.FC_CHANNELS", 32)
 
 
 @pytest.fixture(scope="session")

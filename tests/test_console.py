@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import train
-from datasets.folder import SegmentationDataset
 from utils import device, run
 from utils.run import Clock, format_time
 
@@ -57,21 +56,25 @@ def test_a_terminal_shows_bars_with_loss_rate_and_the_time_to_come(settings, mon
         monkeypatch.setenv("RANK", "1")
         assert train.progress_bar(total=1).disable
     os.close(main)
-    assert re.search(r"Epoch 1:  67%.* 4/6 \[00:0\d<00:0\d, +\d+\.\d+img/s, loss \d\.\d{4}\]", shown)
+    assert re.search(r"Epoch 1:  67%.* 4/6 \[\d\d:\d\d<\d\d:\d\d, +\d+\.\d+img/s, loss \d\.\d{4}\]", shown)
 
 
 def test_waiting_for_data_brings_advice_at_once_and_at_the_end(settings, monkeypatch, capsys):
-    original = SegmentationDataset.batch
+    original = Clock.add
 
-    def slow_batch(*args):
-        time.sleep(0.1)
-        return original(*args)
+    def add(clock, what, start):
+        original(clock, what, start - 1000 if what == "data" else start)
 
-    monkeypatch.setattr(SegmentationDataset, "batch", slow_batch)
+    monkeypatch.setattr(Clock, "add", add)
     train.main(settings(epochs=1))
     advised = [line for line in capsys.readouterr().out.splitlines() if "Data is waited for in " in line]
     assert [line[:5] for line in advised] == ["time ", "time:"]
     assert all("num_workers" in line for line in advised)
+
+
+def test_the_pictures_shown_are_spread_over_the_split():
+    assert train.spread(101, 4) == [0, 25, 50, 75]
+    assert train.spread(3, 4) == [0, 1, 2]
 
 
 def test_advice_comes_above_a_tenth_of_the_time():

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import signal
+import time
 
 import doors
 import torch
@@ -10,6 +12,7 @@ from torch.distributed import TCPStore
 import train
 from datasets import check_data
 from datasets.sampling import epoch_batches
+from models import read_checkpoint
 from utils import distributed
 
 
@@ -46,12 +49,11 @@ def test_two_processes_score_and_step_as_one_does(settings, tmp_path):
     started = []
     for rank in "01":
         environment = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        args = (config, tmp_path / "two.pt", environment)
-        started.append(doors.CONTEXT.Process(target=score_and_step, args=args))
-        started[-1].start()
-    for process in started:
+        arguments = (config, tmp_path / "two.pt", environment)
+        started.append(doors.fork(score_and_step, arguments, tmp_path / rank))
+    for rank, process in enumerate(started):
         process.join(120)
-        assert process.exitcode == 0
+        assert process.exitcode == 0, (tmp_path / f"{rank}.err").read_text()
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert torch.equal(one["counts"], two["counts"])
     assert one["each"] == two["each"]
@@ -61,14 +63,33 @@ def test_two_processes_score_and_step_as_one_does(settings, tmp_path):
         assert torch.allclose(value.float(), two["model"][name].float(), atol=1e-4), name
 
 
-def test_torchrun_makes_one_run_with_one_writer(data, tmp_path):
+def torchrun(data, tmp_path, *more):
     flags = f"--data_root {data} --output_dir {tmp_path}/runs --run_name run --num_classes 2 --image_size 32"
-    flags += " --base_channels 4 --epochs 2 --batch_size 4"
-    torchrun = [importlib.util.find_spec("torch.distributed.run").origin, "--nproc_per_node", "2"]
-    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    command = [*torchrun, "train.py", *flags.split()]
+    flags += " --base_channels 4 --batch_size 4"
+    launcher = [importlib.util.find_spec("torch.distributed.run").origin, "--nproc_per_node", "2"]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return [*launcher, "train.py", *flags.split(), *more]
+
+
+def test_torchrun_makes_one_run_with_one_writer(data, tmp_path):
+    command = torchrun(data, tmp_path, "--epochs", "2")
     code, printed, errors = doors.run(command, doors.ROOT, tmp_path / "printed")
     assert code == 0, errors[-3000:]
     assert printed.count("Epoch 2/2") == 1
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.name != ".cache"] == ["run"]
     assert (tmp_path / "runs" / "run" / "report.png").exists()
+
+
+def test_ctrl_c_on_torchrun_saves_and_one_process_says_how_to_go_on(data, tmp_path):
+    command = torchrun(data, tmp_path, "--epochs", "10000", "--cache", "off", "--num_workers", "1")
+    launcher, printed = doors.start(command, doors.ROOT, tmp_path / "log"), tmp_path / "log.out"
+    while launcher.is_alive() and not (printed.exists() and "Epoch 2/" in printed.read_text()):
+        time.sleep(0.05)
+    assert launcher.is_alive(), (tmp_path / "log.err").read_text()
+    os.kill(launcher.pid, signal.SIGINT)
+    launcher.join(60)
+    said, last = (tmp_path / "log.err").read_text(), tmp_path / "runs" / "run" / "last.pt"
+    assert said.count(f"error: stopped; go on with --resume {last.parent}") == 1
+    assert said.count("stopping after this step") == 1
+    assert "Traceback" not in said.split("error: stopped")[0]  # behind it comes torchrun's own
+    assert read_checkpoint(last)["progress"]["epoch"] >= 1

@@ -18,6 +18,8 @@ from models import read_checkpoint
 from utils import checkpoint as files
 from utils.cli import Fail, end_with
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 resource = pytest.importorskip("resource", reason="the limits and signals of POSIX")
 
 
@@ -302,6 +304,23 @@ def test_a_run_of_one_process_goes_on_with_two_and_a_signal_to_one_stops_both(
     assert [ended(process) for process in ranks] == [0, 0]
     assert (folder / "log.csv").read_text().count("\n") == 4
     assert (folder / "report.png").exists()
+
+
+@pytest.mark.parametrize("times", [2, 4])  # in training, and in validation
+def test_a_signal_between_asking_the_processes_and_hearing_them_is_not_lost(settings, monkeypatch, times):
+    ask, left = train.distributed.largest, [times]
+
+    def largest(numbers):
+        agreed = ask(numbers)
+        left[0] -= 1
+        if not left[0]:
+            signal.raise_signal(signal.SIGTERM)
+        return agreed
+
+    monkeypatch.setattr(train.distributed, "largest", largest)
+    with pytest.raises(Fail) as caught:
+        train.main(settings())
+    assert caught.value.code == 143
 
 
 # --- resuming ---

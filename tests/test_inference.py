@@ -25,7 +25,7 @@ def small_model(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_folding_batch_norm_keeps_the_function_and_leaves_no_batch_norm(name):
+def test_folding_batch_norm_keeps_the_function_and_leaves_no_batch_norm(name, narrow_fcn):
     model, folded = small_model(name), fold_batch_norm(small_model(name), 3)
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():

@@ -44,7 +44,7 @@ VARIANTS = [
 
 
 def build_small(name: str) -> nn.Module:
-    with mock.patch("models.fcn.FC_CHANNELS", 32):  # 4096 of them make 100 million weights
+    with mock.patch("models.fcn.FC_CHANNELS", 32):  # as narrow_fcn, for models that are kept
         return build_model(name, 3, **SMALL.get(name, {}))
 
 

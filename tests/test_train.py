@@ -19,7 +19,6 @@ from PIL import Image
 
 import train
 from models import load_model, read_checkpoint
-from utils import visualize
 from utils.cli import Fail
 
 
@@ -53,13 +52,6 @@ def stop_after(monkeypatch, steps):
         return original(run, *args)
 
     monkeypatch.setattr(train, "train_step", step)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """For runs whose numbers alone are looked at: drawing takes half of their time."""
-    for name in ("draw_curves", "draw_report"):
-        monkeypatch.setattr(visualize, name, lambda *_, **__: Image.new("RGB", (1, 1)))
 
 
 @pytest.fixture(scope="module")

@@ -177,7 +177,7 @@ class StopSignal:
         quiet: say nothing when a signal comes; another process of the run does.
 
     Attributes:
-        number: of the signal that came; 0 where none did.
+        number: of the signal that came, at any moment; 0 where none did. Several processes first agree on it.
     """
 
     def __init__(self, quiet: bool = False) -> None:
