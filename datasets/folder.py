@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from threading import Barrier
 
 import numpy as np
 import PIL
@@ -20,8 +19,10 @@ from .transforms import Augmentation, Box, fit, fit_mask, generator_for, place
 from .warp import apply_move
 
 VERSION = 1  # of cached samples; raise it when reading or fitting gives other bytes
-SHORT_WORK = 100_000  # pixels of a cached sample, counted twice where it is turned: up to here one thread is
-# faster than two, which wait for each other (for Python's lock) between operations of microseconds
+SHORT_WORK = (
+    100_000  # pixels; up to here a cached sample (half of it, if turned) is operations of microseconds,
+)
+# between which two threads wait for each other (for Python's lock): one is faster
 
 
 def read_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box]:
@@ -80,9 +81,8 @@ class SegmentationDataset:
         self.evaluation = evaluation
         self.threads = threads
         self.cache = None
-        self._stored = np.promote_types(  # the smallest type that holds all ids
-            np.min_scalar_type(encoding.num_classes - 1), np.min_scalar_type(ignore_index)
-        )
+        ids = np.min_scalar_type(encoding.num_classes - 1), np.min_scalar_type(ignore_index)
+        self._stored = np.promote_types(*ids)  # the smallest type that holds all
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -97,32 +97,22 @@ class SegmentationDataset:
 
     def batch(self, keys) -> tuple[torch.Tensor, torch.Tensor]:
         """Training samples of (epoch, index) keys: images (N, C, h, w) uint8, masks (N, h, w)."""
-        images = torch.empty(len(keys), self.in_channels, *self.image_size, dtype=torch.uint8)
-        masks = torch.empty(
-            len(keys), *self.image_size, dtype=torch.from_numpy(np.empty(0, self.encoding.dtype)).dtype
-        )
+        size = self.image_size
+        images = torch.empty(len(keys), self.in_channels, *size, dtype=torch.uint8)
+        masks = torch.from_numpy(np.empty((len(keys), *size), self.encoding.dtype))
 
         def make(position: int) -> None:
             epoch, index = keys[position]
             image, mask = self._source(index)
             if self.evaluation:
-                mask = fit_mask(mask, self.image_size, self.resize, self.ignore_index)
-            move = self.augmentation.draw(generator_for(self.seed, epoch, index), mask.shape, self.image_size)
+                mask = fit_mask(mask, size, self.resize, self.ignore_index)
+            move = self.augmentation.draw(generator_for(self.seed, epoch, index), mask.shape, size)
             apply_move(image, mask, move, images[position], masks[position], self.ignore_index)
 
-        if self._is_short_work(keys):
-            with _one_thread():
-                list(map(make, range(len(keys))))
-        else:
-            list(self._map(make, range(len(keys))))
+        short = math.prod(size) * (2 if self.augmentation.rotate else 1) <= SHORT_WORK
+        short = short and self.cache is not None and all(index in self.cache for _, index in keys)
+        deque(self._map(make, range(len(keys)), 1 if short else self.threads), maxlen=0)
         return images, masks
-
-    def _is_short_work(self, keys) -> bool:
-        """Whether these samples are made sooner one after the other than on threads."""
-        pixels = self.image_size[0] * self.image_size[1] * (2 if self.augmentation.rotate else 1)
-        return (
-            pixels <= SHORT_WORK and self.cache is not None and all(index in self.cache for _, index in keys)
-        )
 
     def evaluation_item(self, index: int) -> tuple[torch.Tensor, Box, torch.Tensor]:
         """A whole picture for scoring.
@@ -138,23 +128,13 @@ class SegmentationDataset:
 
     def use_cache(self, setting: str, cache_dir) -> str:
         """Keep decoded samples as `cache.open_cache` decides; one line that says how."""
-        settings = [
-            VERSION,
-            PIL.__version__,
-            self.image_size,
-            self.resize,
-            self.in_channels,
-            self.ignore_index,
-        ]
+        fitted = [self.image_size, self.resize, self.in_channels, self.ignore_index, self.evaluation]
         files = [[str(pair.image.absolute()), str(pair.mask.absolute()), pair.stamp] for pair in self.pairs]
-        known_by = json.dumps([settings, self.evaluation, self.encoding.to_dict(), files])
-        lengths = []
-        for pair in self.pairs:
-            image, mask = self._shapes(pair)
-            lengths.append(int(np.prod(image)) + int(np.prod(mask)) * self._stored.itemsize)
-        self.cache, line = open_cache(
-            setting, cache_dir, hashlib.sha256(known_by.encode()).hexdigest(), lengths
-        )
+        known_by = json.dumps([VERSION, PIL.__version__, fitted, self.encoding.to_dict(), files])
+        shapes = map(self._shapes, self.pairs)
+        lengths = [math.prod(image) + math.prod(mask) * self._stored.itemsize for image, mask in shapes]
+        key = hashlib.sha256(known_by.encode()).hexdigest()
+        self.cache, line = open_cache(setting, cache_dir, key, lengths)
         return line
 
     def fill_cache(self, progress=None, rank: int = 0, world_size: int = 1) -> None:
@@ -168,12 +148,8 @@ class SegmentationDataset:
         if self.cache is None:
             return
         missing = [index for index in range(len(self)) if index not in self.cache][rank::world_size]
-        done = self._map(self._fill, missing)
-        for _ in progress(done, len(missing), "decoding pictures") if progress and missing else done:
-            pass
-
-    def _fill(self, index: int) -> None:
-        self._source(index)
+        done = self._map(self._source, missing, self.threads)
+        deque(progress(done, len(missing), "decoding pictures") if progress and missing else done, maxlen=0)
 
     def _shapes(self, pair: Pair) -> tuple[tuple, tuple]:
         """Shapes of image and mask as the cache keeps them."""
@@ -190,7 +166,7 @@ class SegmentationDataset:
                 self.cache.put(index, [image, mask])
             return image, mask
         image, mask = self._shapes(self.pairs[index])
-        cut = int(np.prod(image))
+        cut = math.prod(image)
         return entry[:cut].reshape(image), entry[cut:].view(self._stored).reshape(mask)
 
     def _read(self, index: int, evaluation: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -212,42 +188,21 @@ class SegmentationDataset:
             ) from None
         return image, mask.astype(self._stored)
 
-    def _map(self, function, items):
-        """Lazy map over this data set's threads; in the order of `items`.
+    def _map(self, function, items, threads: int | None):
+        """Lazy map over threads, in the order of `items`; each of torch's operations takes one core.
 
         The threads end with the map: as long as another thread that used OpenMP lives, OpenMP takes the
         processor for crowded and lets the network's threads sleep between their operations, each of which
         then costs some 40 microseconds more.
         """
-        threads = min(self.threads or torch.get_num_threads(), len(items))
-        if threads <= 1 or get_worker_info() is not None:
-            yield from map(function, items)
-            return
-        with _single_threaded_pool(threads) as pool:
-            yield from pool.map(function, items)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch compute on this thread alone: operations of microseconds are not worth sharing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
-    """Threads whose own torch calls use one core each: many samples at once, not many cores on one."""
-    before, barrier = torch.get_num_threads(), Barrier(threads)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="samples")
-
-    def settle():
-        torch.set_num_threads(1)  # of this thread, and the default of threads still to come
-        barrier.wait()
-
-    for job in [pool.submit(settle) for _ in range(threads)]:
-        job.result()
-    torch.set_num_threads(before)
-    return pool
+        before = torch.get_num_threads()
+        threads = 1 if get_worker_info() else min(threads or before, len(items))
+        torch.set_num_threads(1)  # of this thread and of those that start now
+        try:
+            if threads <= 1:
+                yield from map(function, items)
+            else:
+                with ThreadPoolExecutor(threads, thread_name_prefix="samples") as pool:
+                    yield from pool.map(function, items)
+        finally:
+            torch.set_num_threads(before)

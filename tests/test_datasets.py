@@ -202,7 +202,7 @@ def test_small_cached_samples_need_no_thread(tmp_path, monkeypatch):
     dataset.use_cache("ram", None)
     keys = [(0, index) for index in range(6)]
     first = dataset.batch(keys)
-    monkeypatch.setattr(folder, "_single_threaded_pool", lambda threads: pytest.fail("a thread"))
+    monkeypatch.setattr(folder, "ThreadPoolExecutor", lambda *_, **__: pytest.fail("a thread"))
     assert equal(dataset.batch(keys), first)
 
 
