@@ -21,9 +21,7 @@ FILES = ("samples.bin", "state.bin")
 class SampleCache:
     """Byte strings of known lengths by index.
 
-    Args:
-        lengths: bytes of each entry.
-        folder: where the files lie; None keeps all in memory, shared with workers that are forked later.
+    Without a folder for its files all is kept in memory, shared with workers that are forked later.
     """
 
     def __init__(self, lengths: list[int], folder: Path | None = None):
@@ -69,18 +67,20 @@ class SampleCache:
         data = np.concatenate([np.ascontiguousarray(part).view(np.uint8).reshape(-1) for part in parts])
         assert len(data) == self.offsets[index + 1] - self.offsets[index]
         try:
-            self._write(0, self._samples, int(self.offsets[index]), data)
-            self._write(1, self._state, 8 * index, np.array([zlib.crc32(data) + DONE], np.uint64))
+            self._write(0, int(self.offsets[index]), data)
+            self._write(1, 8 * index, np.array([zlib.crc32(data) + DONE], np.uint64))
         except OSError:
             self.full = True
 
-    def _write(self, which: int, memory: np.ndarray, offset: int, data: np.ndarray) -> None:
-        """Through a file of its own, as forked processes share the place in an open one.
+    def _write(self, which: int, offset: int, data: np.ndarray) -> None:
+        """To the map in memory, or to a file.
 
-        Not through the map: a full disk is so an error and not the end of the process.
+        Not to a file's map, so that a full disk is an error and not the end of the process; and to a file
+        opened for it, as forked processes share the place in an open one.
         """
         if self.folder is None:
-            memory.view(np.uint8)[offset : offset + data.nbytes] = data.view(np.uint8)
+            memory = (self._samples, self._state)[which].view(np.uint8)
+            memory[offset : offset + data.nbytes] = data.view(np.uint8)
             return
         with open(self.folder / FILES[which], "r+b") as file:
             file.seek(offset)
@@ -125,14 +125,14 @@ def _make_room(folder: Path, total: int) -> bool:
     """Sweep old caches until all fit in half of what the disk has without them; False if they cannot."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     others = [path for path in folder.parent.glob("samples-*") if path.is_dir() and path != folder]
-    used = {path: _bytes_in(path) for path in sorted(others, key=lambda path: path.stat().st_mtime)}
+    used = {path: _bytes_in(path) for path in others}
     budget = (shutil.disk_usage(folder.parent).free + sum(used.values()) + _bytes_in(folder)) // 2
     if total > budget:
         return False
-    while total + sum(used.values()) > budget:
-        oldest = next(iter(used))
-        shutil.rmtree(oldest, ignore_errors=True)
-        del used[oldest]
+    for oldest in sorted(others, key=lambda path: path.stat().st_mtime):
+        if total + sum(used.values()) > budget:
+            shutil.rmtree(oldest, ignore_errors=True)
+            del used[oldest]
     return True
 
 

@@ -5,13 +5,14 @@ import json
 import math
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass, field
 
 import numpy as np
 import PIL
 import torch
 from torch.utils.data import get_worker_info
 
-from .cache import open_cache
+from .cache import SampleCache, open_cache
 from .labels import Encoding
 from .pairing import Pair
 from .reading import DataError, load_image, load_mask
@@ -23,6 +24,7 @@ SHORT_WORK = (
     100_000  # pixels; up to here a cached sample (half of it, if turned) is operations of microseconds,
 )
 # between which two threads wait for each other (for Python's lock): one is faster
+NO_MOVES = Augmentation(hflip=0)
 
 
 def read_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box]:
@@ -36,6 +38,7 @@ def read_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.nda
     return fit(image, image_size, resize, size)
 
 
+@dataclass(eq=False, repr=False)
 class SegmentationDataset:
     """Pictures with masks.
 
@@ -50,38 +53,27 @@ class SegmentationDataset:
         resize: stretch, letterbox or crop; see `transforms.place`.
         in_channels: channels of the images.
         ignore_index: the id of what lies outside a picture.
-        augmentation: random moves; None for none (resize crop still draws its window).
+        augmentation: random moves; by default none (resize crop still draws its window).
         seed: of the moves.
         evaluation: made for `evaluation_item`: a cache keeps masks at their own size.
         threads: that make a batch; None for as many as torch uses. Workers of a loader use one.
     """
 
-    def __init__(
-        self,
-        pairs: list[Pair],
-        *,
-        encoding: Encoding,
-        image_size: tuple[int, int],
-        resize: str = "stretch",
-        in_channels: int = 3,
-        ignore_index: int = 255,
-        augmentation: Augmentation | None = None,
-        seed: int = 0,
-        evaluation: bool = False,
-        threads: int | None = None,
-    ):
-        self.pairs = list(pairs)
-        self.encoding = encoding
-        self.image_size = tuple(image_size)
-        self.resize = resize
-        self.in_channels = in_channels
-        self.ignore_index = ignore_index
-        self.augmentation = augmentation or Augmentation(hflip=0)
-        self.seed = seed
-        self.evaluation = evaluation
-        self.threads = threads
-        self.cache = None
-        ids = np.min_scalar_type(encoding.num_classes - 1), np.min_scalar_type(ignore_index)
+    pairs: list[Pair]
+    _: KW_ONLY
+    encoding: Encoding
+    image_size: tuple[int, int]
+    resize: str = "stretch"
+    in_channels: int = 3
+    ignore_index: int = 255
+    augmentation: Augmentation = NO_MOVES
+    seed: int = 0
+    evaluation: bool = False
+    threads: int | None = None
+    cache: SampleCache | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        ids = np.min_scalar_type(self.encoding.num_classes - 1), np.min_scalar_type(self.ignore_index)
         self._stored = np.promote_types(*ids)  # the smallest type that holds all
 
     def __len__(self) -> int:
@@ -90,10 +82,6 @@ class SegmentationDataset:
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         images, masks = self.batch([key])
         return images[0], masks[0]
-
-    def __getitems__(self, keys):
-        """What a DataLoader asks for: a whole batch at once."""
-        return self.batch(keys)
 
     def batch(self, keys) -> tuple[torch.Tensor, torch.Tensor]:
         """Training samples of (epoch, index) keys: images (N, C, h, w) uint8, masks (N, h, w)."""
@@ -113,6 +101,8 @@ class SegmentationDataset:
         short = short and self.cache is not None and all(index in self.cache for _, index in keys)
         deque(self._map(make, range(len(keys)), 1 if short else self.threads), maxlen=0)
         return images, masks
+
+    __getitems__ = batch  # what a DataLoader calls
 
     def evaluation_item(self, index: int) -> tuple[torch.Tensor, Box, torch.Tensor]:
         """A whole picture for scoring.

@@ -21,13 +21,8 @@ def epoch_batches(
     samples of the last two batches evenly instead. Where that still leaves fewer samples than processes, it
     joins the batch before.
 
-    Args:
-        num_samples: size of the data set.
-        batch_size: samples of one step over all processes.
-        seed: of the run.
-        epoch: any whole number of 0 or more.
-        rank: this process.
-        world_size: number of processes; each takes every world_size-th sample of each batch, at least one.
+    `batch_size` counts the samples of one step over all processes, of which each takes every world_size-th,
+    at least one.
 
     Raises:
         ValueError: fewer samples, or a smaller batch, than processes.
@@ -39,12 +34,13 @@ def epoch_batches(
         )
     order = generator_for(seed, epoch, ORDER).permutation(num_samples).tolist()
     ends = [*range(batch_size, num_samples, batch_size), num_samples]
-    tail = num_samples - (ends[-2] if len(ends) > 1 else 0)
-    if len(ends) > 1 and 2 * tail < batch_size:
-        ends[-2] = num_samples - (batch_size + tail) // 2
+    if len(ends) > 1:
         tail = num_samples - ends[-2]
-    if len(ends) > 1 and tail < world_size:
-        del ends[-2]
+        if 2 * tail < batch_size:
+            tail = (batch_size + tail) // 2
+            ends[-2] = num_samples - tail
+        if tail < world_size:
+            del ends[-2]
     return [order[start:end][rank::world_size] for start, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -70,7 +66,7 @@ class Loader:
         self.dataset = dataset
         self.num_workers = num_workers
         self.pin_memory = pin_memory
-        self._keys = _Keys()
+        self._keys: list[list[tuple[int, int]]] = []  # of this epoch; only the main process reads them
         self._workers = None
 
     def epoch(self, batches: list[list[int]], epoch: int, start_step: int = 0):
@@ -101,23 +97,24 @@ class Loader:
 
         maker = ThreadPoolExecutor(1, thread_name_prefix="batches")
         try:
-            jobs = deque(maker.submit(make, batch) for batch in keys[:2])
-            for batch in [*keys[2:], None, None][: len(keys)]:
-                ready = jobs.popleft()
-                if batch is not None:
-                    jobs.append(maker.submit(make, batch))
-                yield ready.result()
+            jobs = deque()
+            for batch in keys:
+                jobs.append(maker.submit(make, batch))
+                if len(jobs) > 2:
+                    yield jobs.popleft().result()
+            while jobs:
+                yield jobs.popleft().result()
         finally:
             maker.shutdown(cancel_futures=True)
 
     def _from_workers(self, keys):
-        self._keys.batches = keys
+        self._keys[:] = keys
         if self._workers is None:
             self._workers = DataLoader(
                 self.dataset,
                 batch_sampler=self._keys,
                 num_workers=self.num_workers,
-                collate_fn=_as_it_is,
+                collate_fn=tuple,  # what `__getitems__` gives is a batch already
                 pin_memory=self.pin_memory,
                 persistent_workers=True,
                 worker_init_fn=_ignore_signals,
@@ -125,29 +122,8 @@ class Loader:
         return iter(self._workers)
 
 
-class _Keys:
-    """The keys of one epoch, replaced between epochs; only the main process reads them."""
-
-    def __init__(self):
-        self.batches: list = []
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-def _as_it_is(batch):
-    return batch
-
-
 def _ignore_signals(_worker: int) -> None:
-    """Ctrl-C reaches every process, as SIGTERM does where a whole group is stopped (torchrun, Slurm).
-
-    The main process decides, which still needs its batches until then; workers end with it (torch sees to
-    that).
-    """
+    """Ctrl-C and a group's SIGTERM reach all, but the main process decides; its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

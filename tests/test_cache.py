@@ -133,7 +133,7 @@ def test_a_broken_entry_is_made_anew(tmp_path, damage):
 
 def test_a_writer_killed_between_bytes_and_state_leaves_a_missing_entry(tmp_path):
     kept = SampleCache([4, 4], tmp_path / "c")
-    kept._write(0, kept._samples, 0, np.array([1, 2, 3, 4], np.uint8))
+    kept._write(0, 0, np.array([1, 2, 3, 4], np.uint8))
     assert 0 not in kept and SampleCache([4, 4], tmp_path / "c").get(0) is None
 
 
