@@ -14,9 +14,6 @@ class CrossEntropy(SegmentationLoss):
     Equals torch's `cross_entropy`, except that it is 0 (not NaN) where no pixel is valid, and that
     half-precision logits are summed in float32 (in float16 torch's sum overflows from some 240,000 pixels
     on).
-
-    Args:
-        ignore_index: label of the pixels that count for nothing.
     """
 
     def __init__(self, *, ignore_index: int = 255) -> None:
@@ -29,12 +26,7 @@ class WeightedCrossEntropy(SegmentationLoss):
     Equals torch's `cross_entropy(weight=w)`. The Caffe code of SegNet divides by |V| instead, so that there
     the size of the loss, and with it the right learning rate, depends on the weights' scale.
 
-    Args:
-        ignore_index: label of the pixels that count for nothing.
-        class_weights: one number a class, for example from `median_frequency_weights`.
-
-    Raises:
-        ValueError: no weights, or such as `SegmentationLoss` refuses.
+    `class_weights` is one number a class, for example from `median_frequency_weights`; it is needed.
     """
 
     def __init__(
@@ -56,8 +48,7 @@ def median_frequency_weights(
     al., 2017, https://arxiv.org/abs/1511.00561. The constants in SegNet's published files differ: they cannot
     be computed from CamVid's published labels by this formula.
 
-    The median is over the classes that occur. A class that never occurs has weight 1: no pixel will ask for
-    it.
+    The median is over the classes that occur; one that never occurs has weight 1, which no pixel asks for.
 
     Args:
         class_pixels: integers (C,): the pixels of each class over all training masks.
@@ -74,4 +65,4 @@ def median_frequency_weights(
     if occurs.any():
         frequency = pixels[occurs] / image_pixels[occurs]
         weights[occurs] = np.median(frequency) / frequency
-    return [float(weight) for weight in weights]
+    return weights.tolist()

@@ -18,12 +18,7 @@ class Dice(SegmentationLoss):
     classes together (the latter after writing another class over the ignored pixels of the masks). nnU-Net
     leaves out background.
 
-    Args:
-        ignore_index: label of the pixels that count for nothing.
-        dice_smooth: s, in pixels, 0 or more; 1 matters only for classes of a few pixels.
-
-    Raises:
-        ValueError: `dice_smooth` below 0.
+    `dice_smooth` is s, in pixels, 0 or more; 1 matters only for classes of a few pixels.
     """
 
     def __init__(self, *, ignore_index: int = 255, dice_smooth: float = 1.0) -> None:

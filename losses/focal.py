@@ -18,13 +18,7 @@ class Focal(SegmentationLoss):
     whose multi-class mode is C one-against-rest sigmoid losses; yassouali/pytorch-segmentation, which takes
     p_y from the weighted cross entropy and whose mean counts ignored pixels.
 
-    Args:
-        ignore_index: label of the pixels that count for nothing.
-        class_weights: one number a class, or None.
-        focal_gamma: the exponent, 0 or more; the larger, the less well-classified pixels count.
-
-    Raises:
-        ValueError: `focal_gamma` below 0, or weights that `SegmentationLoss` refuses.
+    The larger `focal_gamma`, 0 or more, the less well-classified pixels count.
     """
 
     def __init__(

@@ -39,9 +39,7 @@ class Joint(SegmentationLoss):
             raise ValueError(
                 f"joint_ce must be ce, weighted_ce or focal; got {joint_ce!r}. Choose one of the three."
             )
-        if (joint_ce == "weighted_ce" and class_weights is None) or (
-            joint_ce == "ce" and class_weights is not None
-        ):
+        if joint_ce != "focal" and (joint_ce == "weighted_ce") != (class_weights is not None):
             raise ValueError(
                 "class_weights belong to weighted_ce (always) and focal (if wished); got joint_ce "
                 f"{joint_ce!r} with class_weights {class_weights}. Set joint_ce accordingly."

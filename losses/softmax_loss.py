@@ -22,18 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_PIECE = {
-    "cpu": 1 << 21,
-    "cuda": 1 << 26,
-}  # logits worked on at a time: cache on a CPU, few launches on a GPU
+_PIECE = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits at a time: the processor's cache, few launches on a GPU
 
 
 def _pieces(x: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield pairs of slices (pictures, pixels) that cut (N, C, P) into pieces; on the CPU of one picture."""
     n, c, p = x.shape
     size = max(1, _PIECE.get(x.device.type, 1 << 24) // c)  # pixels
-    pictures = 1 if x.device.type == "cpu" else max(1, size // p)
-    pixels = size if x.device.type == "cpu" else p
+    pictures, pixels = (1, size) if x.device.type == "cpu" else (max(1, size // p), p)
     for first in range(0, n, pictures):
         for left in range(0, p, pixels):
             yield slice(first, first + pictures), slice(left, left + pixels)
@@ -48,9 +44,7 @@ def _view(buffer: Tensor, piece: Tensor) -> Tensor:
 
 def _log_softmax(piece: Tensor, buffer: Tensor) -> Tensor:
     """Return the log-softmax over the classes, in the start of a flat buffer."""
-    if (
-        piece.stride(1) == 1 and piece.shape[1] < 16
-    ):  # torch's softmax over a short last axis is not vectorized
+    if piece.stride(1) == 1 and piece.shape[1] < 16:  # torch does not vectorize it over a short last axis
         piece = piece.contiguous()
     out = _view(buffer, piece)
     if piece.stride(1) == 1:
@@ -172,8 +166,7 @@ class SegmentationLoss(nn.Module):
         pixel_name: what `terms` calls the pixel term.
 
     Raises:
-        ValueError: weights that are no list of finite numbers, one below 0 or all 0; another number out of
-            range.
+        ValueError: weights that are not finite, one below 0 or all 0; another number out of range.
 
     Attributes:
         terms: after a call, the terms by name, before their factors: detached scalars on the device.
@@ -200,11 +193,11 @@ class SegmentationLoss(nn.Module):
                     "class_weights must hold one finite number a class, none below 0 and not all 0; "
                     f"got {class_weights}. Correct the list, or leave it out."
                 )
-        ranges = {"focal_gamma": (gamma, gamma >= 0), "dice_weight": (dice_share, 0 <= dice_share <= 1)}
-        for option, (value, right) in {**ranges, "dice_smooth": (smooth, smooth >= 0)}.items():
-            if not right:
-                wanted = "in 0..1" if option == "dice_weight" else "0 or more"
-                raise ValueError(f"{option} must be {wanted}; got {value}. Leave it out for the default.")
+        if not 0 <= dice_share <= 1:
+            raise ValueError(f"dice_weight must be in 0..1; got {dice_share}. Leave it out for the default.")
+        for option, value in {"focal_gamma": gamma, "dice_smooth": smooth}.items():
+            if not value >= 0:
+                raise ValueError(f"{option} must be 0 or more; got {value}. Leave it out for the default.")
         self.ignore_index = ignore_index
         self.gamma, self.pixel_share, self.dice_share, self.smooth = gamma, pixel_share, dice_share, smooth
         self.pixel_name = pixel_name
@@ -249,11 +242,7 @@ class SegmentationLoss(nn.Module):
             logits = logits.contiguous()
         try:
             own = self.denominator(masks).to(dtype)
-            total = own
-            if isinstance(denominator, Tensor):
-                total = denominator.to(own)
-            elif denominator is not None:
-                total = torch.full_like(own, denominator)
+            total = own if denominator is None else torch.zeros_like(own).add_(denominator)
             total = torch.where(total > 0, total, 1.0)
             loss, pixel, dice = _SoftmaxLoss.apply(logits, masks, total, own / total, self)
         except (IndexError, RuntimeError) as error:  # torch looks at every label in passing

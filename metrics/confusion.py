@@ -59,9 +59,6 @@ class ConfusionMatrix:
         ignore_index: label of the pixels that count for nothing.
         device: where the predictions will be; the counts are kept there.
 
-    Attributes:
-        counts: int64 (C, C), in pixels; rows are the truth, columns the prediction.
-
     Example:
         >>> matrix = ConfusionMatrix(num_classes=3)
         >>> matrix.update(preds=torch.tensor([[0, 1, 1, 0]]), masks=torch.tensor([[0, 1, 0, 255]]))
@@ -83,7 +80,7 @@ class ConfusionMatrix:
 
     @property
     def counts(self) -> Tensor:
-        """The matrix, int64 (C, C), rows truth, columns prediction."""
+        """The matrix, int64 (C, C), in pixels; rows are the truth, columns the prediction."""
         return self._sums[:-4].view(self.num_classes, self.num_classes)
 
     @torch.no_grad()
@@ -105,8 +102,7 @@ class ConfusionMatrix:
             )
         if not masks.numel():
             return
-        pictures = preds.shape[0] if preds.ndim == 3 else 1
-        preds, masks = preds.reshape(pictures, -1), masks.reshape(pictures, -1)
+        preds, masks = (ids.reshape(-1, ids.shape[-2:].numel()) for ids in (preds, masks))
         if preds.is_cuda or self.num_classes > 255 or not 0 <= self.ignore_index <= 255:
             self._count(preds, masks)
         else:
@@ -115,8 +111,7 @@ class ConfusionMatrix:
     def _count_bytes(self, preds: Tensor, masks: Tensor) -> None:
         """On the CPU: a row for each value of a byte, so that a wrong label shows in a row of its own."""
         c, rows = self.num_classes, 256
-        low, high = (int(value) for value in masks.aminmax())
-        pred_low, pred_high = (int(value) for value in preds.aminmax())
+        (low, high), (pred_low, pred_high) = (map(int, ids.aminmax()) for ids in (masks, preds))
         if low < 0 or high > 255 or pred_low < 0 or pred_high >= c:
             self._refuse(preds, masks)
         dtype = torch.int16 if rows * c < 1 << 15 else torch.int32
@@ -164,7 +159,7 @@ class ConfusionMatrix:
             ValueError: a batch on a GPU held an id outside 0..C-1.
         """
         sums = self._sums.cpu().numpy()
-        pictures, picture_iou, picture_dice, bad = (int(value) for value in sums[-4:])
+        pictures, picture_iou, picture_dice, bad = sums[-4:].tolist()
         if bad:
             raise ValueError(
                 f"ConfusionMatrix.scores: ids must be in 0..{self.num_classes - 1} or, in masks, "
