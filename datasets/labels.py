@@ -174,6 +174,11 @@ def pack(rgb: np.ndarray) -> np.ndarray:
     return rgb[..., 0].astype(np.int32) << 16 | rgb[..., 1].astype(np.int32) << 8 | rgb[..., 2]
 
 
+def pack_all(colours) -> list[int]:
+    """(r, g, b), ... or None, as 0xRRGGBB."""
+    return pack(np.array(colours or [], np.uint8).reshape(-1, 3)).tolist()
+
+
 def pack_greys(values: np.ndarray) -> np.ndarray:
     """Values → the greys that they show; UNKNOWN for what is no byte."""
     return np.where((values >= 0) & (values <= 255), values.astype(np.int64) * 0x010101, UNKNOWN)
@@ -256,9 +261,8 @@ def choose_encoding(
     for mask in masks:
         for key, count in zip(mask.read_as(colours), mask.counts, strict=True):
             counts[key] += count
-    declared = [int(pack(np.array(colour, np.uint8))) for colour in class_colors or []]
     try:
-        return _choose(masks, counts, colours, num_classes, ignore_index, wanted, declared)
+        return _choose(masks, counts, colours, num_classes, ignore_index, wanted, pack_all(class_colors))
     except ValueError as error:
         common = sorted(raw for raw, _ in counts.most_common(num_classes))
         ids = {raw: i for i, raw in enumerate(common)}

@@ -24,6 +24,7 @@ from .labels import (
     listing,
     nearest,
     pack,
+    pack_all,
     parse_labels,
     raw_name,
 )
@@ -109,8 +110,7 @@ def check_data(
         raise DataError(f"data_root {root} is not a folder. Give the folder that holds train/ and val/.")
     problems, warnings = Problems(root), []
     pairs = {split: pair_split(root / split, mask_suffix, problems, warnings) for split in SPLITS}
-    declared = [raw for raw, _ in wanted.table if wanted.colours]
-    declared += [int(pack(np.array(colour, np.uint8))) for colour in class_colors or []]
+    declared = [raw for raw, _ in wanted.table if wanted.colours] + pack_all(class_colors)
     snap_to = sorted(set(declared)) if wanted.snap else []
     setup = hashlib.sha256(json.dumps([VERSION, str(root.resolve()), in_channels, snap_to]).encode())
     memory = Path(cache_dir, f"check-{setup.hexdigest()[:16]}.json") if cache_dir else None
@@ -160,8 +160,9 @@ def _look_at(names: dict[Path, str], memory: Path | None, in_channels, snap_to, 
     """What there is to know of each file, from memory where size and time are as they were."""
     stamps = {file: _stamp(file) for file in names}
     known = _recall(memory)
-    same = [file for file, name in names.items() if name in known and known[name]["stamp"] == stamps[file]]
-    found = {file: known[names[file]] for file in same}
+    found = {
+        file: known[name] for file, name in names.items() if known.get(name, {}).get("stamp") == stamps[file]
+    }
     todo = [file for file in names if file not in found]
 
     def look(file: Path) -> tuple[Path, dict]:

@@ -137,12 +137,9 @@ class Augmentation:
     color_jitter: float = 0.0
 
     def draw(self, generator: np.random.Generator, source: tuple[int, int], output: tuple[int, int]) -> Move:
-        """Draw one sample's move; each quantity has its own place in the draw, so that none shifts another.
+        """Draw the move of one sample, of (height, width) `output`, from a fitted picture of `source`.
 
-        Args:
-            generator: of this sample alone.
-            source: (height, width) of the fitted picture.
-            output: (height, width) of the sample.
+        Each quantity has its own place in the draw, so that none shifts another.
         """
         u = generator.random(9)
         flips = bool(u[1] < self.vflip), bool(u[0] < self.hflip)
@@ -157,8 +154,8 @@ class Augmentation:
             matrix = (zoom(scale, corner) @ turn @ flip(flips, output))[:2]
         spread = self.color_jitter
         colour = tuple(float(1 + spread * (2 * value - 1)) for value in u[6:9]) if spread else None
-        from_box, to_box = (top, left, height, width), (to_top, to_left, to_height, to_width)
-        return Move(from_box, to_box, flips, matrix, colour)
+        box, to_box = (top, left, height, width), (to_top, to_left, to_height, to_width)
+        return Move(box, to_box, flips, matrix, colour)
 
 
 def _window(source: int, output: int, scale: float, at: float) -> tuple[int, int, int, int]:

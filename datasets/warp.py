@@ -16,15 +16,9 @@ from .transforms import OUTSIDE, Move, resize_mask
 def apply_move(
     image: np.ndarray, mask: np.ndarray, move: Move, out_image, out_mask, ignore_index: int
 ) -> None:
-    """Apply one sample's move.
+    """Move an image, uint8 (H, W, C), and a mask, ids (H, W), into two tensors, (C, h, w) and (h, w).
 
-    Args:
-        image: uint8 (H, W, C).
-        mask: ids (H, W).
-        move: what to do.
-        out_image: uint8 tensor (C, h, w) to fill.
-        out_mask: tensor (h, w) to fill.
-        ignore_index: the id of what lies outside.
+    `ignore_index` is the id of what lies outside.
     """
     if move.matrix is not None:
         _turn(image, mask, move, out_image, out_mask, ignore_index)
@@ -54,10 +48,7 @@ def _turn(image: np.ndarray, mask: np.ndarray, move: Move, out_image, out_mask, 
     grid = _grid(matrix, mask.shape, tuple(out_mask.shape))
     pixels = torch.from_numpy(image.astype(np.float32)).sub_(OUTSIDE).permute(2, 0, 1)[None]  # outside is 0
     pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
-    pixels.add_(OUTSIDE)
-    out_image.copy_(
-        jitter(pixels, *move.colour) if move.colour else pixels.add_(0.5)
-    )  # the fraction is cut off
+    out_image.copy_(jitter(pixels.add_(OUTSIDE), *(move.colour or (1, 1, 1))))
     ids = torch.from_numpy(mask.astype(np.float32)).sub_(ignore_index)[None, None]  # exact below 2**24
     ids = F.grid_sample(ids, grid, mode="nearest", padding_mode="zeros", align_corners=False)[0, 0]
     out_mask.copy_(ids.add_(ignore_index))
@@ -79,11 +70,10 @@ def jitter(pixels: torch.Tensor, brightness: float, contrast: float, saturation:
 
 def _cut(image: np.ndarray, mask: np.ndarray, matrix: np.ndarray, output):
     """The part of the source that a move can touch, and the matrix for it."""
-    corners = np.array([[0, 0, 1], [output[1], 0, 1], [0, output[0], 1], [output[1], output[0], 1]], float)
-    points = corners @ matrix.T
-    last = np.array([mask.shape[1], mask.shape[0]]) - 1
-    x0, y0 = np.clip(np.floor(points.min(0)).astype(int) - 1, 0, last)
-    x1, y1 = np.clip(np.ceil(points.max(0)).astype(int) + 1, 1, last + 1)
+    corners = [[x, y, 1] for x in (0, output[1]) for y in (0, output[0])] @ matrix.T
+    size = np.array(mask.shape[::-1])
+    x0, y0 = np.clip(np.floor(corners.min(0)).astype(int) - 1, 0, size - 1)
+    x1, y1 = np.clip(np.ceil(corners.max(0)).astype(int) + 1, 1, size)
     return image[y0:y1, x0:x1], mask[y0:y1, x0:x1], matrix - np.array([[0, 0, x0], [0, 0, y0]])
 
 

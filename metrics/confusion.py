@@ -159,7 +159,7 @@ class ConfusionMatrix:
             ValueError: a batch on a GPU held an id outside 0..C-1.
         """
         sums = self._sums.cpu().numpy()
-        pictures, picture_iou, picture_dice, bad = sums[-4:].tolist()
+        pictures, picture_iou, picture_dice, bad = sums[-4:]
         if bad:
             raise ValueError(
                 f"ConfusionMatrix.scores: ids must be in 0..{self.num_classes - 1} or, in masks, "
@@ -167,29 +167,28 @@ class ConfusionMatrix:
             )
         h = sums[:-4].reshape(self.num_classes, self.num_classes).astype(np.float64)  # exact to 2^53
         truth, predicted, tp, total = h.sum(1), h.sum(0), np.diag(h), h.sum()
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is n/a
             iou = tp / (truth + predicted - tp)
             dice = 2 * tp / (truth + predicted)
             accuracy = tp / truth
             share = truth / total
-        nan = float("nan")
-        most = share.max() if total else nan  # the baseline's IoU of that class; its others are 0
-        return Scores(
-            iou=iou,
-            dice=dice,
-            accuracy=accuracy,
-            mean_iou=_mean(iou),
-            mean_dice=_mean(dice),
-            pixel_accuracy=float(tp.sum() / total) if total else nan,
-            mean_accuracy=_mean(accuracy),
-            frequency_weighted_iou=float((share * iou)[truth > 0].sum()) if total else nan,
-            mean_iou_foreground=_mean(iou[1:]),
-            mean_dice_foreground=_mean(dice[1:]),
-            picture_mean_iou=picture_iou / _FIXED / pictures if pictures else nan,
-            picture_mean_dice=picture_dice / _FIXED / pictures if pictures else nan,
-            baseline_iou=float(most / (truth > 0).sum()) if total else nan,
-            baseline_accuracy=float(most),
-        )
+            most = share.max()  # the baseline's IoU of that class; its others are 0
+            return Scores(
+                iou=iou,
+                dice=dice,
+                accuracy=accuracy,
+                mean_iou=_mean(iou),
+                mean_dice=_mean(dice),
+                pixel_accuracy=float(tp.sum() / total),
+                mean_accuracy=_mean(accuracy),
+                frequency_weighted_iou=float((share * iou)[truth > 0].sum()) if total else float("nan"),
+                mean_iou_foreground=_mean(iou[1:]),
+                mean_dice_foreground=_mean(dice[1:]),
+                picture_mean_iou=float(picture_iou / _FIXED / pictures),
+                picture_mean_dice=float(picture_dice / _FIXED / pictures),
+                baseline_iou=float(most / (truth > 0).sum()),
+                baseline_accuracy=float(most),
+            )
 
     def _add(self, h: Tensor) -> None:
         """Add the matrices of N pictures, (N, C, C)."""
