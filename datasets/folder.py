@@ -45,31 +45,19 @@ class SegmentationDataset:
     `dataset[(epoch, index)]` is a training sample: image uint8 (C, h, w), mask (h, w), uint8 when all ids and
     ignore_index fit, else int64. Nothing is remembered between calls, so any process may make any sample, and
     samples with and without a cache are equal to the bit.
-
-    Args:
-        pairs: what preflight found.
-        encoding: from raw mask values to class ids.
-        image_size: (height, width) of training samples.
-        resize: stretch, letterbox or crop; see `transforms.place`.
-        in_channels: channels of the images.
-        ignore_index: the id of what lies outside a picture.
-        augmentation: random moves; by default none (resize crop still draws its window).
-        seed: of the moves.
-        evaluation: made for `evaluation_item`: a cache keeps masks at their own size.
-        threads: that make a batch; None for as many as torch uses. Workers of a loader use one.
     """
 
     pairs: list[Pair]
     _: KW_ONLY
     encoding: Encoding
-    image_size: tuple[int, int]
-    resize: str = "stretch"
+    image_size: tuple[int, int]  # (height, width) of training samples
+    resize: str = "stretch"  # or letterbox, crop; see `transforms.place`
     in_channels: int = 3
-    ignore_index: int = 255
-    augmentation: Augmentation = NO_MOVES
-    seed: int = 0
-    evaluation: bool = False
-    threads: int | None = None
+    ignore_index: int = 255  # the id of what lies outside a picture
+    augmentation: Augmentation = NO_MOVES  # resize crop draws its window all the same
+    seed: int = 0  # of the moves
+    evaluation: bool = False  # made for `evaluation_item`: a cache keeps masks at their own size
+    threads: int | None = None  # that make a batch; None: as many as torch uses; a loader's workers use one
     cache: SampleCache | None = field(default=None, init=False)
 
     def __post_init__(self):

@@ -64,23 +64,18 @@ def parse_labels(text: str) -> LabelMap:
 
 @dataclass(frozen=True)
 class Encoding:
-    """One table from raw mask values to class ids.
+    """One table from raw mask values to class ids."""
 
-    Attributes:
-        kind: indices (value = class), palette (indices of palette PNGs), binary (0 and 255), values, colours.
-        num_classes: class ids are 0..num_classes-1.
-        ignore_index: the id of pixels that count nowhere; any int that is no class id.
-        table: ((raw, id), ...), ascending by raw; the first raw of an id is what `decode` writes.
-        snap: a raw value outside the table becomes the nearest one in it.
-        palette: for kind palette, 0xRRGGBB by index, to save masks with the same colours.
-    """
-
-    kind: str
+    kind: (
+        str  # indices (value = class), palette (indices of palette PNGs), binary (0 and 255), values, colours
+    )
     num_classes: int
-    ignore_index: int
-    table: tuple[tuple[int, int], ...]
-    snap: bool = False
-    palette: tuple[int, ...] = field(default=(), repr=False)
+    ignore_index: int  # the id of pixels that count nowhere; any int that is no class id
+    table: tuple[tuple[int, int], ...]  # (raw, id), ascending; the first raw of an id is what `decode` writes
+    snap: bool = False  # a raw value outside the table becomes the nearest one in it
+    palette: tuple[int, ...] = field(
+        default=(), repr=False
+    )  # of kind palette: 0xRRGGBB by index, for `decode`
 
     @property
     def dtype(self) -> np.dtype:
@@ -220,21 +215,13 @@ def listing(counts: Counter, colours: bool, total: int = 0) -> str:
 
 @dataclass
 class MaskStats:
-    """What was counted in one mask.
+    """What was counted in one mask."""
 
-    Attributes:
-        kind: grey (an RGB file that shows greys alone is one), palette or colour.
-        keys: the raw values (packed colours for colour), ascending.
-        counts: pixels of each.
-        colours: for palette, the packed colour of each key.
-        damage: what may have altered values unseen, see `reading.load_mask`.
-    """
-
-    kind: str
-    keys: list[int]
-    counts: list[int]
-    colours: list[int] | None = None
-    damage: str = ""
+    kind: str  # grey (an RGB file that shows greys alone is one), palette or colour
+    keys: list[int]  # the raw values (packed colours for colour), ascending
+    counts: list[int]  # pixels of each
+    colours: list[int] | None = None  # of a palette: the packed colour of each key
+    damage: str = ""  # what may have altered values unseen, see `reading.load_mask`
 
     def read_as(self, colours: bool) -> list[int]:
         """The keys as packed colours, or as values."""

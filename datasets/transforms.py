@@ -35,12 +35,9 @@ def mean_std(in_channels: int) -> tuple[list[float], list[float]]:
 
 
 def place(original: tuple[int, int], image_size: tuple[int, int], resize: str) -> Box:
-    """Where a picture of size `original` (height, width) lies in the network's input.
+    """Where a picture of size `original` lies in the network's input; both sizes are (height, width).
 
-    Args:
-        original: of the file.
-        image_size: (height, width) of the input.
-        resize: stretch (fill image_size), letterbox (keep the shape, in the middle) or crop (leave as it is).
+    `resize` is stretch (fill image_size), letterbox (keep the shape, in the middle) or crop (leave as it is).
     """
     if resize == "stretch":
         return Box(0, 0, *image_size, *original)
@@ -100,41 +97,24 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int], flips=(False, False)) -
 
 @dataclass(frozen=True)
 class Move:
-    """What happens to one sample: without a turn, a box of the source is resized to a box of the output.
+    """What happens to one sample: without a turn, a box of the source is resized to a box of the output."""
 
-    Attributes:
-        source: (top, left, height, width) in the source, whole pixels.
-        target: the same in the output; smaller than the output where the source is.
-        flips: (upside down, left to right).
-        matrix: where there is a turn, the whole move as (2, 3), output (x, y, 1) → source (x, y); else None.
-        colour: factors of (brightness, contrast, saturation), or None.
-    """
-
-    source: tuple[int, int, int, int]
-    target: tuple[int, int, int, int]
-    flips: tuple[bool, bool] = (False, False)
-    matrix: np.ndarray | None = None
-    colour: tuple[float, float, float] | None = None
+    source: tuple[int, int, int, int]  # (top, left, height, width), whole pixels
+    target: tuple[int, int, int, int]  # the same in the output; smaller than the output where the source is
+    flips: tuple[bool, bool] = (False, False)  # upside down, left to right
+    matrix: np.ndarray | None = None  # of a turn: the whole move, (2, 3), output (x, y, 1) → source (x, y)
+    colour: tuple[float, float, float] | None = None  # factors of brightness, contrast, saturation
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random moves of training.
+    """Random moves of training."""
 
-    Args:
-        hflip: probability of a flip left to right.
-        vflip: probability of a flip upside down.
-        scale: (low, high) zoom, log-uniform; what is seen is then a window drawn at random. (1, 1) is off.
-        rotate: largest angle in degrees, either way, about the middle of the window.
-        color_jitter: largest change of brightness, contrast and saturation as a fraction (0.3: factors
-            0.7..1.3).
-    """
-
-    hflip: float = 0.5
-    vflip: float = 0.0
-    scale: tuple[float, float] = (1.0, 1.0)
-    rotate: float = 0.0
-    color_jitter: float = 0.0
+    hflip: float = 0.5  # probability of a flip left to right
+    vflip: float = 0.0  # and upside down
+    scale: tuple[float, float] = (1.0, 1.0)  # (low, high) zoom, log-uniform; the window seen is drawn as well
+    rotate: float = 0.0  # largest angle in degrees, either way, about the middle of the window
+    color_jitter: float = 0.0  # largest change of brightness, contrast, saturation; 0.3: factors 0.7..1.3
 
     def draw(self, generator: np.random.Generator, source: tuple[int, int], output: tuple[int, int]) -> Move:
         """Draw the move of one sample, of (height, width) `output`, from a fitted picture of `source`.

@@ -25,29 +25,21 @@ _FIXED = 1 << 40
 
 @dataclass(frozen=True)
 class Scores:
-    """What a confusion matrix says, as fractions in [0, 1]; NaN means n/a.
+    """What a confusion matrix says, as fractions in [0, 1]; NaN is n/a, and no mean counts it."""
 
-    `iou`, `dice` and `accuracy` are float64 arrays with one entry a class (accuracy: the part of the
-    class's pixels that were found; n/a where the truth has none). The means leave n/a out. `_foreground`
-    leaves class 0 out too. `frequency_weighted_iou` weighs each IoU by the class's share of the true
-    pixels. `picture_` scores are means over pictures of each picture's own mean over the classes in its
-    truth or prediction. `baseline_` is what predicting the split's most frequent class everywhere would
-    score.
-    """
-
-    iou: np.ndarray
+    iou: np.ndarray  # float64, one entry a class, as the two below
     dice: np.ndarray
-    accuracy: np.ndarray
+    accuracy: np.ndarray  # the part of the class's pixels that were found; n/a where the truth has none
     mean_iou: float
     mean_dice: float
     pixel_accuracy: float
     mean_accuracy: float
-    frequency_weighted_iou: float
-    mean_iou_foreground: float
+    frequency_weighted_iou: float  # each IoU by the class's share of the true pixels
+    mean_iou_foreground: float  # class 0 left out
     mean_dice_foreground: float
-    picture_mean_iou: float
+    picture_mean_iou: float  # over pictures, of each one's mean over the classes in its truth or prediction
     picture_mean_dice: float
-    baseline_iou: float
+    baseline_iou: float  # mean IoU, if the split's most frequent class were predicted everywhere
     baseline_accuracy: float
 
 
