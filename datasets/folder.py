@@ -74,8 +74,8 @@ class SegmentationDataset:
     def batch(self, keys) -> tuple[torch.Tensor, torch.Tensor]:
         """Training samples of (epoch, index) keys: images (N, C, h, w) uint8, masks (N, h, w)."""
         size = self.image_size
-        images = torch.empty(len(keys), self.in_channels, *size, dtype=torch.uint8)
-        masks = torch.from_numpy(np.empty((len(keys), *size), self.encoding.dtype))
+        images = np.empty((len(keys), self.in_channels, *size), np.uint8)
+        masks = np.empty((len(keys), *size), self.encoding.dtype)
 
         def make(position: int) -> None:
             epoch, index = keys[position]
@@ -88,7 +88,7 @@ class SegmentationDataset:
         short = math.prod(size) * (2 if self.augmentation.rotate else 1) <= SHORT_WORK
         short = short and self.cache is not None and all(index in self.cache for _, index in keys)
         deque(self._map(make, range(len(keys)), 1 if short else self.threads), maxlen=0)
-        return images, masks
+        return torch.from_numpy(images), torch.from_numpy(masks)
 
     __getitems__ = batch  # what a DataLoader calls
 

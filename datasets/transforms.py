@@ -92,7 +92,9 @@ def resize_mask(mask: np.ndarray, size: tuple[int, int], flips=(False, False)) -
         (2 * np.arange(new) + 1)[:: -1 if turned else 1] * old // (2 * new)
         for new, old, turned in zip(size, mask.shape, flips, strict=False)
     )
-    return mask[rows].take(columns, axis=1)
+    if len(mask) > size[0]:
+        return mask[rows].take(columns, axis=1)
+    return mask.take(columns, axis=1)[rows]  # the fewer bytes are picked one by one, the others by rows
 
 
 @dataclass(frozen=True)
@@ -121,19 +123,19 @@ class Augmentation:
 
         Each quantity has its own place in the draw, so that none shifts another.
         """
-        u = generator.random(9)
-        flips = bool(u[1] < self.vflip), bool(u[0] < self.hflip)
+        u = generator.random(9).tolist()
+        flips = u[1] < self.vflip, u[0] < self.hflip
         low, high = self.scale
-        scale = float(low * (high / low) ** u[2])
+        scale = low * (high / low) ** u[2]
         boxes = [_window(*sides, scale, at) for *sides, at in zip(source, output, (u[5], u[4]), strict=True)]
         (top, height, to_top, to_height), (left, width, to_left, to_width) = boxes
         matrix = None
         if self.rotate:
-            corner = u[4:6] * (np.array(source[::-1]) - np.array(output[::-1]) / scale)
+            corner = np.array(u[4:6]) * (np.array(source[::-1]) - np.array(output[::-1]) / scale)
             turn = rotation(np.deg2rad(self.rotate * (2 * u[3] - 1)), output)
             matrix = (zoom(scale, corner) @ turn @ flip(flips, output))[:2]
         spread = self.color_jitter
-        colour = tuple(float(1 + spread * (2 * value - 1)) for value in u[6:9]) if spread else None
+        colour = tuple(1 + spread * (2 * value - 1) for value in u[6:9]) if spread else None
         box, to_box = (top, left, height, width), (to_top, to_left, to_height, to_width)
         return Move(box, to_box, flips, matrix, colour)
 

@@ -16,7 +16,7 @@ from .transforms import OUTSIDE, Move, resize_mask
 def apply_move(
     image: np.ndarray, mask: np.ndarray, move: Move, out_image, out_mask, ignore_index: int
 ) -> None:
-    """Move an image, uint8 (H, W, C), and a mask, ids (H, W), into two tensors, (C, h, w) and (h, w).
+    """Move an image, uint8 (H, W, C), and a mask, ids (H, W), into two arrays, (C, h, w) and (h, w).
 
     `ignore_index` is the id of what lies outside.
     """
@@ -27,9 +27,9 @@ def apply_move(
     seen = slice(top, top + height), slice(left, left + width)
     shown = slice(to_top, to_top + size[0]), slice(to_left, to_left + size[1])
     if tuple(size) != out_mask.shape:
-        out_image.fill_(OUTSIDE)
-        out_mask.fill_(ignore_index)
-    out_mask.numpy()[shown] = resize_mask(mask[seen], size, move.flips)
+        out_image.fill(OUTSIDE)
+        out_mask.fill(ignore_index)
+    out_mask[shown] = resize_mask(mask[seen], size, move.flips)
     # (1, C, H, W), each pixel's bytes side by side: resized in two thirds of the time that planes take
     pixels = torch.from_numpy(image[seen][None].copy()).permute(0, 3, 1, 2)
     if size != [height, width]:
@@ -39,19 +39,19 @@ def apply_move(
     pixels = pixels[0].numpy()
     if move.colour:
         pixels = jitter(torch.from_numpy(pixels.astype(np.float32, order="C")), *move.colour).numpy()
-    out_image.numpy()[(slice(None), *shown)] = pixels
+    out_image[:, shown[0], shown[1]] = pixels
 
 
 def _turn(image: np.ndarray, mask: np.ndarray, move: Move, out_image, out_mask, ignore_index: int) -> None:
     """Through the move's matrix."""
     image, mask, matrix = _cut(image, mask, move.matrix, out_mask.shape)
-    grid = _grid(matrix, mask.shape, tuple(out_mask.shape))
+    grid = _grid(matrix, mask.shape, out_mask.shape)
     pixels = torch.from_numpy(image.astype(np.float32)).sub_(OUTSIDE).permute(2, 0, 1)[None]  # outside is 0
     pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
-    out_image.copy_(jitter(pixels.add_(OUTSIDE), *(move.colour or (1, 1, 1))))
+    out_image[:] = jitter(pixels.add_(OUTSIDE), *(move.colour or (1, 1, 1))).numpy()
     ids = torch.from_numpy(mask.astype(np.float32)).sub_(ignore_index)[None, None]  # exact below 2**24
     ids = F.grid_sample(ids, grid, mode="nearest", padding_mode="zeros", align_corners=False)[0, 0]
-    out_mask.copy_(ids.add_(ignore_index))
+    out_mask[:] = ids.add_(ignore_index).numpy()
 
 
 def jitter(pixels: torch.Tensor, brightness: float, contrast: float, saturation: float) -> torch.Tensor:
@@ -63,7 +63,7 @@ def jitter(pixels: torch.Tensor, brightness: float, contrast: float, saturation:
     if len(pixels) != 3:
         return pixels.mul_(gain).add_(offset).clamp_(0, 255)
     fade = gain * (1 - saturation)
-    grey = pixels[0].mul(0.299 * fade).add_(offset)
+    grey = torch.add(torch.tensor(offset), pixels[0], alpha=0.299 * fade)
     grey.add_(pixels[1], alpha=0.587 * fade).add_(pixels[2], alpha=0.114 * fade)
     return torch.add(grey, pixels, alpha=gain * saturation, out=pixels).clamp_(0, 255)
 

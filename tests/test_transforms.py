@@ -26,10 +26,9 @@ GEOMETRY = Augmentation(hflip=0.5, vflip=0.5, scale=(0.5, 2.0), rotate=30)
 
 
 def apply(image, mask, move, output, ignore_index=IGNORE):
-    out_image = torch.empty(image.shape[2], *output, dtype=torch.uint8)
-    out_mask = torch.empty(output, dtype=torch.from_numpy(mask).dtype)
+    out_image, out_mask = np.empty((image.shape[2], *output), np.uint8), np.empty(output, mask.dtype)
     apply_move(image, mask, move, out_image, out_mask, ignore_index)
-    return out_image.permute(1, 2, 0).numpy(), out_mask.numpy()
+    return out_image.transpose(1, 2, 0), out_mask
 
 
 def draw(augmentation, trial, source, output):
