@@ -68,7 +68,7 @@ from utils.device import (
 from utils.distributed import ONE_PROCESS, Processes
 from utils.ema import Ema
 from utils.inference import Network, normalize, picture_logits, restore
-from utils.optim import Schedule, build_optimizer, build_schedule
+from utils.optim import Schedule, build_optimizer
 from utils.run import END_MARK, Clock, StopSignal, class_table, format_score, format_time, score_columns
 
 FREE = ("num_workers", "device", "cache", "cache_dir", "save_every_minutes")  # settings that change no result
@@ -250,7 +250,7 @@ def build(
     options = config.pick("weight_decay", "momentum", "backbone_lr_scale")
     optimizer = build_optimizer(model, config.optimizer, config.learning_rate, **options)
     steps_per_epoch = len(epoch_batches(len(train_set), config.batch_size, config.seed, epoch=0))
-    schedule = build_schedule(
+    schedule = Schedule(
         optimizer,
         config.scheduler,
         steps_per_epoch=steps_per_epoch,
