@@ -220,6 +220,15 @@ class Config:
         return {**joint, "focal_gamma": self.focal_gamma} if self.ce_form == "focal" else joint
 
     @property
+    def memory_savers(self) -> str:
+        """Settings that would need less memory than these."""
+        parts = range(self.accumulate + 1, self.batch_size + 1)
+        finer = [f"accumulate {n}" for n in parts if self.batch_size % n == 0][:1]
+        shorter = ["amp bf16"] * (self.amp == "off")
+        narrower = "backbone" if self.backbone_name else "base_channels"
+        return ", ".join([*finer, *shorter, f"a smaller batch_size, image_size or {narrower}"])
+
+    @property
     def cache_folder(self) -> Path:
         """Where decoded pictures and the findings of the data check are kept."""
         return Path(self.cache_dir or Path(self.output_dir) / ".cache")

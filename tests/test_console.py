@@ -27,7 +27,7 @@ def test_a_log_file_has_the_table_the_epochs_and_the_scores_and_no_control_codes
     assert re.fullmatch(r"0\.12 M parameters, \d+ M multiply-adds a picture", rows["size"])
     assert rows["folder"] == str(folder)
     assert len(epochs) == 3
-    assert re.match(r"time       about \d+ s of steps for 3 epochs, by the pace of 2 steps; ", epochs[0])
+    assert re.match(r"time       about \d+ s for 8 steps, by the pace of 2 of them; validation ", epochs[0])
     assert "time " not in epochs[1]
     assert "pictures/s, about" in epochs[0] and "left" in epochs[1] and " left\n" not in epochs[2]
     for text, validated in zip(epochs, (False, True, True), strict=True):

@@ -7,7 +7,6 @@ and what a schedule will do can be drawn before it does it.
 
 from collections import Counter
 from collections.abc import Iterable
-from copy import copy
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -185,10 +184,8 @@ class Schedule:
         return self.base_lrs[0] * self._factor(step)
 
     def plan(self) -> list[float]:
-        """Return the first group's rate at each step of the run, to draw: as planned at its start, uncut."""
-        planned = copy(self)
-        planned.cuts = 0
-        return [planned.rate(step) for step in range(self.total_steps)]
+        """Return the first group's rate at each step of the run, by the cuts so far."""
+        return [self.rate(step) for step in range(self.total_steps)]
 
     def state_dict(self) -> dict:
         """Return what a resumed run needs, in plain values."""

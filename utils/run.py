@@ -1,4 +1,4 @@
-"""A run's folder and its log; the signal that stops it; where its time goes."""
+"""A run's folder, progress and log; the signal that stops it; where its time goes; what an error means."""
 
 import csv
 import io
@@ -9,25 +9,32 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import write_text
+import torch
+from torch import Tensor, nn
 
-LOGGED = (  # scores of the whole validation split that log.csv keeps
-    "mean_iou",
-    "mean_dice",
-    "mean_iou_foreground",
-    "mean_dice_foreground",
-    "pixel_accuracy",
-    "mean_accuracy",
-    "frequency_weighted_iou",
-    "picture_mean_iou",
-    "picture_mean_dice",
-    "baseline_iou",
-)
+from utils.checkpoint import write_text
+from utils.device import is_out_of_memory, peak_memory
+from utils.distributed import is_lost
+
 END_MARK = "report.png"  # written last: a run that has it is finished
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint holds beside weights, optimizer and schedule."""
+
+    epoch: int = 0  # epochs that are over
+    step: int = 0  # steps of the present epoch that are over
+    sums: dict[str, float] = field(default_factory=dict)  # of the present epoch: each loss term x pictures
+    best: float = -1.0  # monitored score
+    best_epoch: int = 0
+    stalled: int = 0  # validations since the best
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of log.csv
 
 
 def try_output(output_dir: Path) -> None:
@@ -105,61 +112,52 @@ def newest_weights(output_dir: Path) -> Path:
 
 def versions() -> dict[str, str]:
     """What this run is made with: Python, the system, and the packages that numbers depend on."""
-    found = {"python": platform.python_version(), "system": platform.platform()}
-    for package in ("torch", "torchvision", "numpy", "pillow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "none"
-    return found
+    packages = {package: version(package) for package in ("torch", "numpy", "pillow")}
+    return {"python": platform.python_version(), "system": platform.platform(), **packages}
 
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write all rows, one an epoch, under the union of their columns; what a row lacks, or NaN, is empty."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: _digits(value) for name, value in row.items()})
+        writer.writerow({name: _cell(value) for name, value in row.items()})
     write_text(path, text.getvalue())
 
 
-def _digits(value: Any) -> Any:
+def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}" if abs(value) < 1e-3 else f"{value:.6f}"
     return value
 
 
+def score_columns(class_names: Sequence[str], scores: Any, loss: float) -> dict[str, float]:
+    """The columns of `log.csv` that come from a validation; `scores` are those of a confusion matrix."""
+    means = {name: value for name, value in vars(scores).items() if isinstance(value, float)}
+    classes = {
+        f"{kind} {name}": float(value)
+        for kind in ("iou", "dice")
+        for name, value in zip(class_names, getattr(scores, kind), strict=True)
+    }
+    return {"val_loss": loss, **means, **classes}
+
+
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Columns in plain text: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        return "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
-
-    return "\n".join(map(line, [header, *rows]))
-
-
-def score_columns(class_names: Sequence[str], scores: Any, loss: float) -> dict[str, float]:
-    """The columns of `log.csv` that come from a validation; `scores` are those of a confusion matrix."""
-    columns = {"val_loss": loss} | {name: getattr(scores, name) for name in LOGGED}
-    for kind in ("iou", "dice"):
-        values = getattr(scores, kind)
-        columns |= {f"{kind} {name}": float(value) for name, value in zip(class_names, values, strict=True)}
-    return columns
+    lines = []
+    for first, *others in [header, *rows]:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def class_table(class_names: Sequence[str], scores: Any) -> str:
     """IoU, Dice and accuracy of each class, and their means."""
-    rows = [
-        [
-            "  " + name,
-            *(format_score(float(values[c])) for values in (scores.iou, scores.dice, scores.accuracy)),
-        ]
-        for c, name in enumerate(class_names)
-    ]
-    rows.append(["  mean", *map(format_score, (scores.mean_iou, scores.mean_dice, scores.mean_accuracy))])
+    table = [*zip(class_names, scores.iou, scores.dice, scores.accuracy, strict=True)]
+    table.append(("mean", scores.mean_iou, scores.mean_dice, scores.mean_accuracy))
+    rows = [[f"  {name}", *map(format_score, values)] for name, *values in table]
     return format_table(["  class", "IoU", "Dice", "accuracy"], rows)
 
 
@@ -215,16 +213,12 @@ def format_time(seconds: float) -> str:
 
 
 class Clock:
-    """Seconds of wall time by what they went to, and the pace of the steps.
-
-    Attributes:
-        told: whether the run's length has been estimated.
-    """
+    """Seconds of wall time by what they went to, and the pace of the steps."""
 
     def __init__(self) -> None:
         self.seconds = {"data": 0.0, "step": 0.0, "validation": 0.0, "saving": 0.0}
-        self.told = False
         self._first: tuple[int, float] | None = None
+        self._estimated = False
 
     @contextmanager
     def to(self, what: str) -> Iterator[None]:
@@ -245,13 +239,30 @@ class Clock:
         self._first = self._first or (steps, now)
         return steps - self._first[0], now - self._first[1]
 
+    def left(self, position: int, total: int) -> str:
+        """How long the steps of the run that are left will take; empty before there is a pace."""
+        steps, seconds = self.since_first(position)
+        return f", about {format_time((total - position) * seconds / steps)} left" if steps else ""
+
+    def estimate(self, position: int, total: int, epoch_over: bool) -> str:
+        """Once, after ten steps or an epoch: how long the steps of the run will take; empty elsewhere."""
+        steps, seconds = self.since_first(position)
+        if self._estimated or not steps or not (steps >= 10 or epoch_over):
+            return ""
+        self._estimated = True
+        ahead = total - position + steps
+        duration = format_time(ahead * seconds / steps)
+        words = f"about {duration} for {ahead} steps, by the pace of {steps} of them; validation comes on top"
+        return f"time       {words}{self.advice()}"
+
     def share(self, what: str) -> float:
         """Of the time counted so far, 0 to 1."""
         return self.seconds[what] / (sum(self.seconds.values()) or 1.0)
 
     def describe(self) -> str:
         """Shares in percent, with advice where the data is waited for."""
-        return ", ".join(f"{what} {100 * self.share(what):.0f} %" for what in self.seconds) + self.advice()
+        shares = [f"{what} {100 * self.share(what):.0f} %" for what in self.seconds]
+        return ", ".join(shares) + self.advice()
 
     def advice(self) -> str:
         """What to try where over a tenth of the time so far went to waiting for data; empty elsewhere."""
@@ -261,3 +272,31 @@ class Clock:
             f". Data is waited for in {100 * self.share('data'):.0f} % of the time: try cache ram or disk, "
             "more num_workers, or smaller picture files"
         )
+
+
+def multiply_adds(model: nn.Module, picture: Tensor) -> float:
+    """Multiply-adds of a picture's way through a model; on the meta device they are not computed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(picture)
+    return counter.get_total_flops() / 2
+
+
+def explain(error: Exception, device: torch.device, folder: Path | None, memory_savers: str) -> str | None:
+    """What to tell the user of an error that ended a run; None where it is a fault of this program."""
+    saved = folder is not None and os.path.exists(folder / "last.pt")
+    go_on = f"go on with --resume {folder}" if saved else "start again: nothing was saved yet"
+    first_line = str(error).split("\n")[0]
+    if is_out_of_memory(error):
+        weights = f" (from these weights: --init_from {folder / 'last.pt'})" if saved else ""
+        return (
+            f"out of memory on {device}, with a peak of {peak_memory(device) / 2**30:.1f} GiB. "
+            f"Free some, then {go_on}; or start anew{weights} with {memory_savers}"
+        )
+    if is_lost(error):
+        reason = first_line.split("] ", 1)[-1].split(". ")[0]  # without gloo's file and its good wishes
+        return f"another process of this run has ended: {reason}. Mend what ended it, then {go_on}"
+    if "DataLoader worker" in first_line:
+        return f"{first_line}. Where memory ran out, take fewer num_workers; then {go_on}"
+    return f"{error}. Mend that, then {go_on}" if isinstance(error, (ValueError, OSError)) else None
