@@ -14,7 +14,6 @@ def read_flags() -> Parsed:
     return parsed
 
 
-PARSED: Parsed | None = None
 if __name__ == "__main__":  # before torch is imported, so that --help and wrong settings are answered at once
     PARSED = end_with(read_flags)
 
@@ -230,7 +229,8 @@ def start(run: Run) -> None:
         save_last(run)
     files.write_json(run.folder / "config.json", config.saved | {"versions": run_files.versions()})
     (run.folder / "samples").mkdir(exist_ok=True)
-    images, masks = run.train_set.batch([(0, index) for index in spread(len(run.train_set), 2 * SHOWN)])
+    shown = visualize.spread(len(run.train_set), 2 * SHOWN)
+    images, masks = run.train_set.batch([(0, index) for index in shown])
     panel = visualize.augmented_panel(images.permute(0, 2, 3, 1).numpy(), masks.numpy(), run.classes)
     files.write_image(run.folder / "samples" / "augmented.png", panel)
 
@@ -260,12 +260,6 @@ def start(run: Run) -> None:
     print("\n".join(f"{name:<10} {text}" for name, text in rows.items()), flush=True)
 
 
-def spread(total: int, count: int) -> list[int]:
-    """At most `count` of `total` indices, evenly apart: neighbours are often frames of one video."""
-    count = min(count, total)
-    return [total * place // count for place in range(count)]
-
-
 def train(run: Run) -> None:
     """All epochs that are left, then the report."""
     config, progress = run.config, run.progress
@@ -273,14 +267,14 @@ def train(run: Run) -> None:
         number = progress.epoch + 1
         print(f"Epoch {number}/{config.epochs}", flush=True)
         started = time.perf_counter()
-        pictures = train_one_epoch(run)
+        rate = train_one_epoch(run) / (time.perf_counter() - started)
         row = {
             "epoch": number,
             "steps": run.schedule.position,
             "learning_rate": run.schedule.rate(run.schedule.position - 1),
             **{f"train_{name}": value / len(run.train_set) for name, value in progress.sums.items()},
+            "images_per_second": rate,
         }
-        row["images_per_second"] = pictures / (time.perf_counter() - started)
         found = None
         if number % config.val_every == 0 or number == config.epochs:
             with run.clock.to("validation"):
@@ -502,9 +496,7 @@ def sample_rows(run: Run, weights: dict[str, Tensor], found: Evaluation, shown: 
 def end_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
     """Move the schedule, the best score, the log, the curves and the checkpoints on by one epoch."""
     config, progress = run.config, run.progress
-    score = None
-    if found:
-        score = {"iou": found.scores.mean_iou, "dice": found.scores.mean_dice}[config.monitor]
+    score = getattr(found.scores, f"mean_{config.monitor}") if found else None
     run.schedule.epoch_end(score)
     better = score is not None and score > progress.best
     if better:
@@ -524,7 +516,7 @@ def end_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
             draw_curves(run)
         last = progress.epoch == config.epochs
         if found and (last or progress.epoch % max(1, config.epochs // 10) == 0):
-            rows = sample_rows(run, averaged_weights(run), found, spread(len(run.val_set), SHOWN))
+            rows = sample_rows(run, averaged_weights(run), found, visualize.spread(len(run.val_set), SHOWN))
             panel = visualize.sample_panels(rows, run.classes)
             files.write_image(run.folder / "samples" / f"epoch_{progress.epoch:03d}.png", panel)
 
@@ -559,27 +551,22 @@ def save(run: Run, kind: str, state: dict[str, Any]) -> None:
     config = run.config
     bad = files.first_non_finite(files.plain_weights(run.model))
     if bad:
-        step = run.schedule.position
-        raise Fail(f"the weights of {bad} are not finite after step {step}. {what_now(run)}", 1)
-    shape = config.pick("num_classes", "in_channels")
+        found = f"the weights of {bad} are not finite after step {run.schedule.position}"
+        raise Fail(f"{found}. {what_now(run)}", 1)
     info = {
+        **config.pick("resize", "ignore_index", "mask_suffix", "amp"),
+        "image_size": list(config.image_size),
         "class_names": list(config.names),
         "palette": run.classes.palette,
-        "image_size": list(config.image_size),
-        **config.pick("resize", "ignore_index", "mask_suffix", "amp"),
         "mean": run.mean,
         "std": run.std,
         "encoding": run.report.encoding.to_dict(),
         "epoch": run.progress.epoch,
         "versions": run_files.versions(),
     }
-    checkpoint = {
-        "format": FORMAT,
-        "kind": kind,
-        "architecture": {"name": config.model, **shape, "options": config.model_options},
-        "info": info,
-        **state,
-    }
+    network = {"name": config.model, "options": config.model_options}
+    network |= config.pick("num_classes", "in_channels")
+    checkpoint = {"format": FORMAT, "kind": kind, "architecture": network, "info": info, **state}
     if run.processes.is_main:
         with run.clock.to("saving"):
             files.save_atomic(checkpoint, run.folder / f"{kind}.pt")
@@ -596,9 +583,8 @@ def restore_state(run: Run, saved: dict[str, Any]) -> None:
         )
     run.progress = Progress(**saved["progress"])
     if is_over(run) and (run.folder / END_MARK).exists():
-        raise ValueError(
-            f"{run.folder} is finished after {run.progress.epoch} epochs. Start a new run by --init_from"
-        )
+        epochs = f"{run.progress.epoch} epochs"
+        raise ValueError(f"{run.folder} is finished after {epochs}. Start a new run by --init_from")
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
     run.schedule.load_state_dict(saved["schedule"])
@@ -617,7 +603,8 @@ def print_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None
         line += run.clock.left(run.schedule.position, run.schedule.total_steps)
     if found:
         best = "  (best so far)" * (run.progress.best_epoch == row["epoch"])
-        line += f"\n  validation loss {found.loss:.4f}, {mean_scores(found.scores)}{best}"
+        line += f"\n  validation loss {found.loss:.4f}, mean IoU {format_score(found.scores.mean_iou)}, "
+        line += f"mean Dice {format_score(found.scores.mean_dice)}{best}"
         line += "\n" + class_table(run.config.names, found.scores)
     print(line, flush=True)
 
@@ -646,8 +633,8 @@ def finish(run: Run) -> None:
         files.write_image(run.folder / END_MARK, report)
     commonest = config.names[int(found.counts.sum(1).argmax())]
     print(
-        f"best: epoch {progress.best_epoch}, {mean_scores(scores)}, "
-        f"pixel accuracy {format_score(scores.pixel_accuracy)}; "
+        f"best: epoch {progress.best_epoch}, mean IoU {format_score(scores.mean_iou)}, "
+        f"mean Dice {format_score(scores.mean_dice)}, pixel accuracy {format_score(scores.pixel_accuracy)}; "
         f"{commonest} everywhere would have mean IoU {format_score(scores.baseline_iou)}"
     )
     print(class_table(config.names, scores))
@@ -655,11 +642,5 @@ def finish(run: Run) -> None:
     print(f"see {run.folder / END_MARK}; predict with: python predict.py --weights {run.folder / 'best.pt'}")
 
 
-def mean_scores(scores: Scores) -> str:
-    """The two means that a run is judged by."""
-    return f"mean IoU {format_score(scores.mean_iou)}, mean Dice {format_score(scores.mean_dice)}"
-
-
 if __name__ == "__main__":
-    assert PARSED is not None
     end_with(lambda: main(PARSED.settings, PARSED.given))

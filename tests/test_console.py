@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from utils import device, run
+from utils import device, run, visualize
 from utils.run import Clock, format_time
 
 
@@ -73,8 +73,8 @@ def test_waiting_for_data_brings_advice_at_once_and_at_the_end(settings, monkeyp
 
 
 def test_the_pictures_shown_are_spread_over_the_split():
-    assert train.spread(101, 4) == [0, 25, 50, 75]
-    assert train.spread(3, 4) == [0, 1, 2]
+    assert visualize.spread(101, 4) == [0, 25, 50, 75]
+    assert visualize.spread(3, 4) == [0, 1, 2]
 
 
 def test_advice_comes_above_a_tenth_of_the_time():

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Palette = Sequence[Sequence[int]]  # a colour a class: red, green, blue, 0 to 255
-Rows = Sequence[Mapping[str, Any]]  # of log.csv, one an epoch; empty, missing and NaN values are gaps
+Rows = Sequence[Mapping[str, float]]  # of log.csv, one an epoch; missing and NaN values are gaps
 Plan = Sequence[tuple[float, float]]  # (epoch, learning rate) points of the whole schedule
 Sample = tuple[np.ndarray, np.ndarray, np.ndarray, str]  # picture, truth, prediction, caption
 
@@ -134,6 +134,12 @@ def with_legend(
     return _join([picture.convert("RGB"), legend], gap=0)
 
 
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` of `total` indices, evenly apart: neighbours are often frames of one video."""
+    count = min(count, total)
+    return [total * place // count for place in range(count)]
+
+
 def sample_panels(
     rows: Sequence[Sample], classes: Classes, tile_width: int | None = None, legend: bool = True
 ) -> Image.Image:
@@ -206,12 +212,7 @@ def draw_report(
         _draw_bars(bars, classes, scores.iou, scores.dice)
         _draw_matrix(matrix, classes.names, counts)
 
-    figures = {
-        "mean IoU": scores.mean_iou,
-        "mean Dice": scores.mean_dice,
-        "pixel accuracy": scores.pixel_accuracy,
-    }
-    parts = [_heading(title, subtitle, figures), _render(WIDTH, 300 + height, draw)]
+    parts = [_heading(title, subtitle, scores), _render(WIDTH, 300 + height, draw)]
     halves = []
     for words, half in (("Best", samples[:2]), ("Worst", samples[2:])):
         if half:
@@ -256,7 +257,7 @@ def _draw_lines(grid: np.ndarray, titles: Sequence[str], rows: Rows, plan: Plan)
     from matplotlib.ticker import MaxNLocator
 
     for axes, title in zip(grid.flat, titles, strict=True):
-        epochs, scored = [1.0, *(_number(row.get("epoch")) for row in rows)], False
+        epochs, scored = [1.0, *(row["epoch"] for row in rows)], False
         if title == "Learning rate":
             axes.yaxis.set_major_formatter("{x:g}")  # 2e-05, not by a factor that covers the title
             if plan:
@@ -264,8 +265,8 @@ def _draw_lines(grid: np.ndarray, titles: Sequence[str], rows: Rows, plan: Plan)
                 epochs.append(plan[-1][0])
         for label, column in CURVES[title].items():
             color = VAL_COLOR if label in ("validation", "mean Dice") else TRAIN_COLOR
-            points = [(_number(row.get("epoch")), _number(row.get(column))) for row in rows]
-            points = [point for point in points if all(map(math.isfinite, point))]
+            points = [(row["epoch"], row.get(column, math.nan)) for row in rows]
+            points = [point for point in points if math.isfinite(point[1])]
             if not points:
                 continue
             if column.startswith("mean"):
@@ -406,13 +407,12 @@ def _legend(
     return strip
 
 
-def _heading(title: str, subtitle: str, scores: dict[str, float]) -> Image.Image:
+def _heading(title: str, subtitle: str, scores: Any) -> Image.Image:
     """The report's head: its title, and the scores in large figures at the right."""
-    room = WIDTH - 64 - 170 * len(scores)
-    parts = [_join([_line(title, room, 32, bold=True), _line(subtitle, room, 15, FAINT)])]
-    for name, value in scores.items():
-        words = "n/a" if math.isnan(value) else f"{value:.3f}"
-        figure = _line(words, 162, 32, bold=True, anchor="r")
+    parts = [_join([_line(title, WIDTH - 574, 32, bold=True), _line(subtitle, WIDTH - 574, 15, FAINT)])]
+    for name in ("mean IoU", "mean Dice", "pixel accuracy"):
+        value = getattr(scores, name.lower().replace(" ", "_"))
+        figure = _line("n/a" if math.isnan(value) else f"{value:.3f}", 162, 32, bold=True, anchor="r")
         parts.append(_join([figure, _line(name, 162, 15, FAINT, anchor="r")]))
     return _join(parts, across=True, margin=(32, 16))
 
@@ -440,8 +440,3 @@ def _rgb(image: np.ndarray) -> np.ndarray:
 def _counted(ids: np.ndarray, palette: Palette, ignore_index: int | None) -> np.ndarray:
     """Where ids are classes that count."""
     return (ids >= 0) & (ids < len(palette)) & (ids != (-1 if ignore_index is None else ignore_index))
-
-
-def _number(value: Any) -> float:
-    """A cell of log.csv as a float; NaN where it is empty or missing."""
-    return math.nan if value in (None, "") else float(value)
