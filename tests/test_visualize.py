@@ -128,14 +128,6 @@ def test_legend_leaves_out_classes_without_a_share():
     assert palette[1] in colors and palette[2] not in colors
 
 
-def test_legend_falls_back_on_the_font_of_pillow(monkeypatch):
-    monkeypatch.setattr(visualize.importlib.util, "find_spec", lambda name: None)
-    visualize._font.cache_clear()
-    drawn = with_legend(Image.new("RGB", (99, 9)), names(4), default_palette(4))
-    visualize._font.cache_clear()
-    assert visualize.INK in colors_of(drawn)
-
-
 @pytest.mark.parametrize("classes", [2, 40])
 def test_panels_show_errors_in_red_and_ignored_pixels_in_grey(classes):
     rng = np.random.default_rng(0)

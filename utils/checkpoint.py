@@ -21,8 +21,7 @@ TEMPORARY = ".writing"  # ending of a file that is not whole yet
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Let `write` fill a temporary file, then put it in the place of `path` in one move.
 
-    Raises:
-        OSError: no room, no right, no folder; it names `path`, and what stood there still stands.
+    An OSError (no room, no right, no folder) names `path`, and what stood there still stands.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -63,9 +62,7 @@ def write_image(path: Path, image: Any, **options: Any) -> None:
 def save_atomic(checkpoint: dict[str, Any], path: Path) -> None:
     """`write_atomic` for a checkpoint of tensors, numbers, strings, lists and dicts.
 
-    Raises:
-        OSError: as `write_atomic`.
-        TypeError: something else is inside; it could not be read back without running foreign code.
+    Anything else, which could not be read back without running foreign code, is a TypeError.
     """
 
     def write(file: BinaryIO) -> None:

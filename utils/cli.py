@@ -64,12 +64,7 @@ class Parsed:
 
 
 def parse(cls: type, argv: list[str], usage: str) -> Parsed:
-    """Read flags into an instance of the dataclass `cls`.
-
-    Raises:
-        Fail: an unknown or repeated flag, a value of the wrong type, or a rule of the class itself.
-        SystemExit: after `--help`.
-    """
+    """Read flags into an instance of the dataclass `cls`; what it refuses is a `Fail`, `--help` ends here."""
     if "-h" in argv or "--help" in argv:
         print(help_text(cls, usage))
         sys.exit(0)
@@ -96,10 +91,8 @@ def read_settings(path: Path, cls: type) -> dict[str, Any]:
     """The settings in a `config.json`, all of them or the differences only; types are checked by `make`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Fail(f"--config {path} cannot be read: {error.strerror}. Give a run's config.json") from error
-    except ValueError as error:
-        raise Fail(f"--config {path} is not JSON: {error}. Give a run's config.json") from error
+    except (OSError, ValueError) as error:
+        raise Fail(f"--config {path} cannot be read as JSON: {error}. Give a run's config.json") from error
     if not isinstance(values, dict):
         raise Fail(f"--config {path} must hold one JSON object of settings; got {type(values).__name__}")
     values = {name: value for name, value in values.items() if name not in NOT_SETTINGS}
@@ -113,18 +106,9 @@ def read_settings(path: Path, cls: type) -> dict[str, Any]:
 def resumed_settings(
     settings: Any, saved: dict[str, Any], given: dict[str, Any], free: tuple[str, ...]
 ) -> Any:
-    """The settings of a run that goes on: its own, and those given that may change without changing the run.
+    """The settings of a run that goes on: its own, `saved`, and of those given as flags the `free`.
 
-    Prints where the settings of today's file differ.
-
-    Args:
-        settings: today's, of the class that is returned too.
-        saved: the run's own, plain values.
-        given: what stood on the command line.
-        free: names that change no result.
-
-    Raises:
-        Fail: a given setting contradicts the run's.
+    Prints where today's `settings` differ; one that was given and contradicts the run's is a `Fail`.
     """
     run = make(type(settings), saved)
     today = replace(settings, **given)  # where a size given as one number is height and width
@@ -186,11 +170,7 @@ def _choices(hint: Any) -> list[str]:
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
-    """The value as the type that the field wants, from a command line, from JSON, or from an edited file.
-
-    Raises:
-        Fail: the value is none of the types or choices; the message names the field, and a near choice.
-    """
+    """The value as the type that the field wants, from a command line, from JSON, or from an edited file."""
     for option in sorted(_options(hint), key=lambda option: option is not NoneType):  # "none" is text, too
         try:
             return _convert(value, option)

@@ -38,11 +38,7 @@ class Progress:
 
 
 def try_output(output_dir: Path) -> None:
-    """Find out before the work whether files can be written to a folder that may not exist yet.
-
-    Raises:
-        OSError: they cannot; the message says what to do.
-    """
+    """Refuse by an OSError, before the work, a folder, there already or not, where nothing can be written."""
     folder = output_dir.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -57,11 +53,7 @@ def try_output(output_dir: Path) -> None:
 
 
 def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
-    """Make a run's folder, which no other run has or gets: `mkdir` is the lock between runs started at once.
-
-    Raises:
-        ValueError: `run_name` is taken.
-    """
+    """Make a run's folder, which no other run gets: `mkdir` is the lock between runs started at once."""
     output_dir.mkdir(parents=True, exist_ok=True)
     name = run_name or time.strftime(f"{model}_%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 1000):
@@ -77,37 +69,29 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
 
 
 def find_run(resume: str, output_dir: Path) -> Path:
-    """The folder to resume: the one named, or for `auto` the newest that has a checkpoint and no report yet.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if resume != "auto":
-        folder = Path(resume)
-        folder = folder.parent if folder.name == "last.pt" else folder
-        if not (folder / "last.pt").is_file():
-            raise FileNotFoundError(
-                f"no checkpoint at {folder / 'last.pt'}. Give resume an existing run, or leave it out"
-            )
-        return folder
-    runs = [last.parent for last in output_dir.glob("*/last.pt") if not (last.parent / END_MARK).exists()]
-    if not runs:
-        raise FileNotFoundError(f"no unfinished run in {output_dir}. Leave resume out to start a new one")
-    return max(runs, key=lambda folder: (folder / "last.pt").stat().st_mtime_ns)
+    """The folder to resume: the one named, or for `auto` the newest with a checkpoint and no report yet."""
+    if resume == "auto":
+        unfinished = [p for p in output_dir.glob("*/last.pt") if not (p.parent / END_MARK).exists()]
+        if not unfinished:
+            raise FileNotFoundError(f"no unfinished run in {output_dir}. Leave resume out to start a new one")
+        return max(unfinished, key=_written_at).parent
+    last = Path(resume) if Path(resume).name == "last.pt" else Path(resume, "last.pt")
+    if not last.is_file():
+        raise FileNotFoundError(f"no checkpoint at {last}. Give resume an existing run, or leave it out")
+    return last.parent
 
 
 def newest_weights(output_dir: Path) -> Path:
-    """The best.pt that was written last.
-
-    Raises:
-        FileNotFoundError: no run has one.
-    """
+    """The best.pt that was written last."""
     found = list(output_dir.glob("*/best.pt"))
     if not found:
-        raise FileNotFoundError(
-            f"no {output_dir}/*/best.pt. Train first (python train.py), or give weights a checkpoint"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime_ns)
+        train_first = "Train first (python train.py), or give weights a checkpoint"
+        raise FileNotFoundError(f"no {output_dir}/*/best.pt. {train_first}")
+    return max(found, key=_written_at)
+
+
+def _written_at(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def versions() -> dict[str, str]:
@@ -170,12 +154,8 @@ class StopSignal:
     """Ctrl-C and SIGTERM set a flag that the loop reads between steps; a second one, later, ends at once.
 
     What comes within a second is one: torchrun passes on a Ctrl-C that the processes have had already.
-
-    Args:
-        quiet: say nothing when a signal comes; another process of the run does.
-
-    Attributes:
-        number: of the signal that came, at any moment; 0 where none did. Several processes first agree on it.
+    `number` is that of the signal that came, at any moment, and 0 where none did; several processes first
+    agree on it. A `quiet` one leaves the words to another process.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -184,9 +164,7 @@ class StopSignal:
         self._came_at = 0.0
 
     def __enter__(self) -> "StopSignal":
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -339,12 +339,9 @@ def _draw_matrix(axes: Any, class_names: Sequence[str], counts: np.ndarray) -> N
 @lru_cache(maxsize=64)
 def _font(size: int, bold: bool = False) -> Any:
     """DejaVu Sans as matplotlib brings it (Latin, Greek, Cyrillic and more), found without importing that."""
-    spec = importlib.util.find_spec("matplotlib")
-    for folder in spec.submodule_search_locations if spec else []:
-        path = Path(folder) / "mpl-data" / "fonts" / "ttf" / f"DejaVuSans{'-Bold' * bold}.ttf"
-        if path.is_file():
-            return ImageFont.truetype(str(path), size)
-    return ImageFont.load_default(size)
+    folder = importlib.util.find_spec("matplotlib").submodule_search_locations[0]
+    path = Path(folder, "mpl-data", "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf")
+    return ImageFont.truetype(str(path), size)
 
 
 def _fitted(text: str, font: Any, width: float) -> str:
