@@ -7,12 +7,11 @@ Needs the standard library alone, so that `--help` and a wrong flag are answered
 
 import difflib
 import inspect
-import io
 import json
+import re
 import signal
 import sys
 import textwrap
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -242,19 +241,18 @@ def field_remarks(cls: type) -> dict[str, tuple[str, str]]:
 
     A remark begins behind its field and goes on in the comments below; one after a blank line is a heading.
     """
-    source = io.StringIO(textwrap.dedent(inspect.getsource(cls)))
-    hints, heading, name = get_type_hints(cls), "", None
+    hints, heading, name = get_type_hints(cls), "", ""
     remarks: dict[str, tuple[str, str]] = {}
-    for token in tokenize.generate_tokens(source.readline):
-        comment = token.string.removeprefix("#").strip() if token.type == tokenize.COMMENT else ""
-        if token.type == tokenize.NAME and token.start[1] == 4 and token.string in hints:
-            name = token.string
+    for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
+        field, comment = re.match(r"    (\w+):", line), re.search(r"  # (.*)", line)
+        if field and field[1] in hints:
+            name = field[1]
             remarks[name], heading = (heading, ""), ""
-        elif comment and name:
+        if comment and name:
             above, remark = remarks[name]
-            remarks[name] = (above, f"{remark} {comment}".lstrip())
+            remarks[name] = (above, f"{remark} {comment[1]}".lstrip())
         elif comment:
-            heading = comment
-        elif not token.line.strip():
-            name = None
+            heading = comment[1]
+        elif not line.strip():
+            name = ""
     return remarks
