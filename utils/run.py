@@ -64,7 +64,8 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
         except FileExistsError:
             if run_name:
                 break
-    way = f"Go on with it by --resume {folder}" if (folder / "last.pt").exists() else "Remove it"
+    unfinished = (folder / "last.pt").exists() and not (folder / END_MARK).exists()
+    way = f"Go on with it by --resume {folder}" if unfinished else "Remove it"
     raise ValueError(f"run_name {name!r} exists in {output_dir}. {way}, or give another name")
 
 
