@@ -204,8 +204,8 @@ def build(
     options = config.pick("step_size", "step_gamma", "poly_power", "plateau_factor", "plateau_patience")
     options["warmup_steps"] = min(config.warmup_steps, steps_per_epoch * config.epochs // 2)
     run.schedule = Schedule(run.optimizer, config.scheduler, **lengths, **options)
-    plan = [(step / steps_per_epoch, rate) for step, rate in enumerate(run.schedule.plan())]
-    run.rate_plan = plan[:: max(1, len(plan) // 500)]
+    plan = [(step / steps_per_epoch, rate) for step, rate in enumerate(run.schedule.plan(), start=1)]
+    run.rate_plan = plan[:: -max(1, len(plan) // 500)]  # backwards, so that the end is there
 
     run.folder, run.progress, run.clock = Path(), Progress(), Clock()
     run.stop, run.saved_at = StopSignal(quiet=not processes.is_main), time.monotonic()

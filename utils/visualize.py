@@ -269,7 +269,7 @@ def _draw_lines(grid: np.ndarray, titles: Sequence[str], rows: Rows, plan: Plan)
             axes.yaxis.set_major_formatter("{x:g}")  # 2e-05, not by a factor that covers the title
             if plan:
                 axes.plot(*zip(*plan, strict=True), color="#c9ced4", linewidth=3, label="planned")
-                epochs.append(plan[-1][0])
+                epochs.append(max(epoch for epoch, _ in plan))
         for label, column in CURVES[title].items():
             color = VAL_COLOR if label in ("validation", "mean Dice") else TRAIN_COLOR
             points = [(row["epoch"], row.get(column, math.nan)) for row in rows]
