@@ -152,14 +152,9 @@ class Config:
         self._check_pairs()
 
     def refuse_missing(self) -> None:
-        """Refuse a data folder, a run or a file of weights that is not there, before anything slow is done.
-
-        Raises:
-            FileNotFoundError: naming the setting, the path and the remedy.
-        """
+        """Refuse a data folder, a run or a file of weights that is not there, before anything slow."""
         if self.resume:
-            known = self.resume == "auto" or Path(self.resume).exists()
-            if not known:
+            if self.resume != "auto" and not Path(self.resume).exists():
                 raise FileNotFoundError(
                     f"no run at {self.resume}. Give resume an existing run, or leave it out"
                 )
@@ -203,21 +198,31 @@ class Config:
     def model_options(self) -> dict[str, Any]:
         """What the chosen network's class takes beyond classes and channels, under its own names."""
         options: dict[str, Any] = {
-            "unet": {"base_channels": self.base_channels, "bilinear": self.bilinear},
+            "unet": self.pick("base_channels", "bilinear"),
             "deeplabv3plus": {"output_stride": self.output_stride or 16, "separable": self.separable},
             "pspnet": {"output_stride": self.output_stride or 8, "aux": self.aux_weight > 0},
             "fcn": {"variant": self.fcn_variant},
-            "segnet": {"base_channels": self.base_channels},
+            "segnet": self.pick("base_channels"),
         }.get(self.model, {})
-        if self.backbone_name:
-            options = {"backbone": self.backbone_name, **options}
-        return options if self.dropout is None else {**options, "dropout": self.dropout}
+        backbone = {"backbone": self.backbone_name} if self.backbone_name else {}
+        dropout = {} if self.dropout is None else self.pick("dropout")
+        return {**backbone, **options, **dropout}
 
     @property
     def loss_options(self) -> dict[str, Any]:
         """What the chosen loss takes beyond classes and weights."""
-        joint = {"dice_weight": self.dice_weight, "joint_ce": self.joint_ce} if self.loss == "joint" else {}
-        return {**joint, "focal_gamma": self.focal_gamma} if self.ce_form == "focal" else joint
+        joint = self.pick("dice_weight", "joint_ce") if self.loss == "joint" else {}
+        focal = self.pick("focal_gamma") if self.ce_form == "focal" else {}
+        return {**joint, **focal}
+
+    @property
+    def memory_savers(self) -> str:
+        """Settings that would need less memory than these."""
+        parts = range(self.accumulate + 1, self.batch_size + 1)
+        finer = [f"accumulate {n}" for n in parts if self.batch_size % n == 0][:1]
+        shorter = ["amp bf16"] * (self.amp == "off")
+        narrower = "backbone" if self.backbone_name else "base_channels"
+        return ", ".join([*finer, *shorter, f"a smaller batch_size, image_size or {narrower}"])
 
     @property
     def cache_folder(self) -> Path:

@@ -22,14 +22,9 @@ CLASSES = 21
 INK, FAINT, LINE, EDGE = "#262a30", "#6d747d", "#555c66", "#e3e6ea"
 ARROWS = {"flow": LINE, "skip": "#4a86c2", "pool": "#c65a49", "up": "#3f8f6a"}
 COLORS = {
-    "image": "#a3abb5",
-    "encoder": "#5b93cc",
-    "pool": "#d9705f",
-    "copy": "#b4d0ec",
-    "context": "#9377bd",
-    "decoder": "#5faf8a",
-    "scores": "#e5a04a",
-}
+    "image": "#a3abb5", "encoder": "#5b93cc", "pool": "#d9705f", "copy": "#b4d0ec", "context": "#9377bd",
+    "decoder": "#5faf8a", "scores": "#e5a04a",
+}  # fmt: skip
 BINS = ("pool", "scores", "encoder", "decoder")  # colours of the pyramid's four stages
 
 
@@ -420,19 +415,10 @@ def draw_segnet():
 
 
 DRAWINGS = {
-    "unet": draw_unet,
-    "deeplabv3plus": draw_deeplabv3plus,
-    "pspnet": draw_pspnet,
-    "fcn": draw_fcn,
+    "unet": draw_unet, "deeplabv3plus": draw_deeplabv3plus, "pspnet": draw_pspnet, "fcn": draw_fcn,
     "segnet": draw_segnet,
-}
-
-
-def write(folder):
-    """Write one SVG a network."""
-    for name, draw in DRAWINGS.items():
-        (folder / f"{name}.svg").write_text(draw(), encoding="utf-8")
-
+}  # fmt: skip
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    for name, draw in DRAWINGS.items():
+        Path(__file__).with_name(f"{name}.svg").write_text(draw(), encoding="utf-8")

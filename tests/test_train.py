@@ -37,8 +37,7 @@ def assert_equal_weights(one, other):
         assert torch.equal(value, other[name]), name
 
 
-class Stopped(Exception):
-    pass
+BLANK = Image.new("RGB", (1, 1))
 
 
 def stop_after(monkeypatch, steps):
@@ -324,6 +323,18 @@ def test_two_runs_that_start_in_one_second_have_two_folders(tmp_path):
 
     made = {create_run(tmp_path, None, "unet") for _ in range(5)}
     assert len(made) == 5
+
+
+def test_the_rates_in_the_log_lie_on_the_plan_that_is_drawn(finished, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        train.visualize, "draw_curves", lambda rows, plan: drawn.append((rows, plan)) or BLANK
+    )
+    train.main(replace(finished[0], run_name=None))
+    rows, plan = drawn[-1]
+    assert len(plan) == 2 * 3
+    for row in rows:
+        assert dict(plan)[row["epoch"]] == row["learning_rate"]
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -1,19 +1,29 @@
 """Pictures: colours are exact, ids survive, and panels are drawn for few and many classes."""
 
-import math
-
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from metrics import ConfusionMatrix
 from utils import visualize
-from utils.visualize import IGNORED, colorize, default_palette, mask_image, overlay, with_legend
+from utils.visualize import IGNORED, Classes, colorize, default_palette, mask_image, overlay, with_legend
 
 NAMES = ["background", "Zähne $x$", "葉", "a very long name of a class " * 4]
 
 
 def names(count):
     return [NAMES[i] if i < len(NAMES) else f"class {i}" for i in range(count)]
+
+
+def classes_of(count):
+    return Classes(names(count), default_palette(count), ignore_index=255)
+
+
+def scores_of(counts):
+    matrix = ConfusionMatrix(len(counts))
+    matrix.counts.copy_(torch.from_numpy(counts))
+    return matrix.scores()
 
 
 def sample(rng, classes, height=40, width=50, channels=3):
@@ -27,14 +37,12 @@ def colors_of(picture):
 
 
 def log(epochs):
-    """Rows as csv.DictReader gives them, with scores every second epoch and one NaN."""
+    """Rows of a run with scores every second epoch and one NaN."""
     rows = []
     for epoch in range(1, epochs + 1):
-        row = {"epoch": str(epoch), "train_loss": str(1 / epoch), "learning_rate": "2e-5"}
+        row = {"epoch": epoch, "train_loss": 1 / epoch, "learning_rate": 2e-5}
         if epoch % 2:
-            row |= {"val_loss": "nan" if epoch == 3 else "0.5", "mean_iou": "0.4", "mean_dice": "0.6"}
-        else:
-            row |= {"val_loss": "", "mean_iou": "", "mean_dice": None}
+            row |= {"val_loss": float("nan") if epoch == 3 else 0.5, "mean_iou": 0.4, "mean_dice": 0.6}
         rows.append(row)
     return rows
 
@@ -120,45 +128,31 @@ def test_legend_leaves_out_classes_without_a_share():
     assert palette[1] in colors and palette[2] not in colors
 
 
-def test_legend_falls_back_on_the_font_of_pillow(monkeypatch):
-    monkeypatch.setattr(visualize.importlib.util, "find_spec", lambda name: None)
-    visualize._font.cache_clear()
-    drawn = with_legend(Image.new("RGB", (99, 9)), names(4), default_palette(4))
-    visualize._font.cache_clear()
-    assert visualize.INK in colors_of(drawn)
-
-
 @pytest.mark.parametrize("classes", [2, 40])
 def test_panels_show_errors_in_red_and_ignored_pixels_in_grey(classes):
     rng = np.random.default_rng(0)
     image, truth, _, caption = sample(rng, classes)
     preds = truth.copy()
-    clean = visualize.sample_panels(
-        [(image, truth, preds, caption)], names(classes), default_palette(classes)
-    )
+    clean = visualize.sample_panels([(image, truth, preds, caption)], classes_of(classes))
     preds[10:20, 10:20] = (preds[10:20, 10:20] + 1) % classes
     truth = np.where(np.arange(50) < 5, 255, truth)
-    found = visualize.sample_panels(
-        [(image, truth, preds, caption)], names(classes), default_palette(classes), ignore_index=255
-    )
+    found = visualize.sample_panels([(image, truth, preds, caption)], classes_of(classes))
     for panel, there in ((clean, False), (found, True)):
         colors = colors_of(panel)
         assert (visualize.WRONG in colors) is there and (IGNORED in colors) is there
 
 
-def test_augmented_panel_takes_batches_of_one_and_stops_at_its_limit():
+def test_augmented_panel_takes_batches_of_one_and_puts_two_in_a_line():
     rng = np.random.default_rng(0)
-    images, masks, *_ = (np.stack(part) for part in zip(*(sample(rng, 3) for _ in range(9)), strict=True))
-    heights = [
-        visualize.augmented_panel(images[:n], masks[:n], names(3), default_palette(3), 255).height
-        for n in (1, 2, 8, 9)
-    ]
-    assert max(heights[:2]) < heights[2] == heights[3]
+    images, masks, *_ = (np.stack(part) for part in zip(*(sample(rng, 3) for _ in range(3)), strict=True))
+    one, two, three = (visualize.augmented_panel(images[:n], masks[:n], classes_of(3)) for n in (1, 2, 3))
+    assert two.width > one.width
+    assert three.height > two.height
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 5])
 def test_curves_are_drawn_from_no_row_one_row_and_rows_with_gaps(epochs):
-    picture = visualize.draw_curves(log(epochs), [(0, 1e-3), (5, 0)] if epochs else None)
+    picture = visualize.draw_curves(log(epochs), [(0, 1e-3), (5, 0)] if epochs else [])
     assert picture.mode == "RGB" and picture.width > 800
     assert len(colors_of(picture)) > 2
 
@@ -168,12 +162,11 @@ def test_report_is_drawn_for_few_and_many_classes_with_absent_ones(classes):
     rng = np.random.default_rng(0)
     counts = rng.integers(0, 50, (classes, classes))
     counts[-1], counts[:, -1] = 0, 0
-    iou = rng.random(classes)
-    iou[-1] = math.nan
     rows = [sample(rng, classes), sample(rng, classes, 20, 300)]
-    words = names(classes), default_palette(classes)
-    report = visualize.draw_report(log(3), *words, iou, iou, counts, rows, rows[:1], "a run", "settings", 255)
-    bare = visualize.draw_report(log(1), *words, iou * math.nan, iou, 0 * counts, [], [], "long title " * 30)
+    looks, plan, scores = classes_of(classes), [(0, 1e-3), (3, 0)], scores_of(counts)
+    report = visualize.draw_report(log(3), plan, looks, scores, counts, [*rows, rows[0]], "a run", "settings")
+    none = 0 * counts
+    bare = visualize.draw_report(log(1), [], looks, scores_of(none), none, [], "long title " * 30)
     assert report.width == bare.width == visualize.WIDTH and report.height > bare.height
 
 
@@ -181,7 +174,7 @@ def test_drawing_warns_of_nothing_and_leaves_matplotlib_as_it_was(recwarn):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    counts = np.eye(4)
-    visualize.draw_report(log(2), names(4), default_palette(4), np.ones(4), np.ones(4), counts, [], [], "x")
+    counts = np.eye(4, dtype=int)
+    visualize.draw_report(log(2), [], classes_of(4), scores_of(counts), counts, [], "x")
     assert dict(matplotlib.rcParams) == before
     assert not recwarn.list

@@ -1,11 +1,10 @@
 """Files that are whole or not there: everything this program writes goes through `write_atomic`.
 
 A file is written under a hidden name beside its place, flushed to the disk, then renamed, so that a kill, a
-full disk or a power cut leaves either the old file or the new one. Checkpoints are
-read in `models/checkpoint.py`.
+full disk or a power cut leaves either the old file or the new one. Checkpoints are read in
+`models/checkpoint.py`.
 """
 
-import io
 import json
 import os
 from collections.abc import Callable
@@ -22,8 +21,7 @@ TEMPORARY = ".writing"  # ending of a file that is not whole yet
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Let `write` fill a temporary file, then put it in the place of `path` in one move.
 
-    Raises:
-        OSError: no room, no right, no folder; it names `path`, and what stood there still stands.
+    An OSError (no room, no right, no folder) names `path`, and what stood there still stands.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -38,7 +36,12 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
-    _flush_folder(path.parent)
+    if os.name == "posix":  # the rename, too, lasts through a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -53,17 +56,13 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def write_image(path: Path, image: Any, **options: Any) -> None:
     """`write_atomic` for a Pillow image, as PNG."""
-    encoded = io.BytesIO()
-    image.save(encoded, "png", **options)
-    write_atomic(path, lambda file: file.write(encoded.getbuffer()))
+    write_atomic(path, lambda file: image.save(file, "png", **options))
 
 
 def save_atomic(checkpoint: dict[str, Any], path: Path) -> None:
     """`write_atomic` for a checkpoint of tensors, numbers, strings, lists and dicts.
 
-    Raises:
-        OSError: as `write_atomic`.
-        TypeError: something else is inside; it could not be read back without running foreign code.
+    Anything else, which could not be read back without running foreign code, is a TypeError.
     """
 
     def write(file: BinaryIO) -> None:
@@ -80,9 +79,8 @@ def save_atomic(checkpoint: dict[str, Any], path: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half written in a run's folder and the folders right below it."""
-    for pattern in (f".*{TEMPORARY}", f"*/.*{TEMPORARY}"):
-        for left in folder.glob(pattern):
-            left.unlink(missing_ok=True)
+    for left in [*folder.glob(f".*{TEMPORARY}"), *folder.glob(f"*/.*{TEMPORARY}")]:
+        left.unlink(missing_ok=True)
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -95,25 +93,20 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def first_non_finite(weights: dict[str, Tensor]) -> str | None:
     """Name of the first tensor that holds NaN or infinity; None where all are finite."""
-    for name, value in weights.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            return name
-    return None
+    return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
 
 
 def load_fitting(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
     """Load the weights whose name and shape fit into `model` and list the others, one line each."""
-    own = model.state_dict()
-    fitting = {
-        name: value for name, value in weights.items() if name in own and own[name].shape == value.shape
-    }
-    model.load_state_dict({**own, **fitting})
-    skipped = []
+    own, fitting, skipped = model.state_dict(), {}, []
     for name, value in weights.items():
         if name not in own:
             skipped.append(f"{name}: not in this model")
-        elif name not in fitting:
+        elif own[name].shape != value.shape:
             skipped.append(f"{name}: {tuple(value.shape)} there, {tuple(own[name].shape)} here")
+        else:
+            fitting[name] = value
+    model.load_state_dict({**own, **fitting})
     return skipped + [f"{name}: not in the checkpoint" for name in own if name not in weights]
 
 
@@ -121,24 +114,10 @@ def _check_plain(value: Any, where: str) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if type(key) not in (str, int):
-                raise TypeError(
-                    f"{where} has the key {key!r}; keys of a checkpoint are strings or whole numbers"
-                )
+                raise TypeError(f"{where} has the key {key!r}; a checkpoint's are strings or whole numbers")
             _check_plain(item, f"{where}.{key}")
     elif isinstance(value, (list, tuple)):
         for at, item in enumerate(value):
             _check_plain(item, f"{where}[{at}]")
     elif not (value is None or type(value) in (str, int, float, bool, Tensor)):
-        raise TypeError(
-            f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values alone"
-        )
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can (not on Windows)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values")

@@ -7,12 +7,11 @@ Needs the standard library alone, so that `--help` and a wrong flag are answered
 
 import difflib
 import inspect
-import io
 import json
+import re
 import signal
 import sys
 import textwrap
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -64,12 +63,7 @@ class Parsed:
 
 
 def parse(cls: type, argv: list[str], usage: str) -> Parsed:
-    """Read flags into an instance of the dataclass `cls`.
-
-    Raises:
-        Fail: an unknown or repeated flag, a value of the wrong type, or a rule of the class itself.
-        SystemExit: after `--help`.
-    """
+    """Read flags into an instance of the dataclass `cls`; what it refuses is a `Fail`, `--help` ends here."""
     if "-h" in argv or "--help" in argv:
         print(help_text(cls, usage))
         sys.exit(0)
@@ -96,10 +90,8 @@ def read_settings(path: Path, cls: type) -> dict[str, Any]:
     """The settings in a `config.json`, all of them or the differences only; types are checked by `make`."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Fail(f"--config {path} cannot be read: {error.strerror}. Give a run's config.json") from error
-    except ValueError as error:
-        raise Fail(f"--config {path} is not JSON: {error}. Give a run's config.json") from error
+    except (OSError, ValueError) as error:
+        raise Fail(f"--config {path} cannot be read as JSON: {error}. Give a run's config.json") from error
     if not isinstance(values, dict):
         raise Fail(f"--config {path} must hold one JSON object of settings; got {type(values).__name__}")
     values = {name: value for name, value in values.items() if name not in NOT_SETTINGS}
@@ -113,18 +105,9 @@ def read_settings(path: Path, cls: type) -> dict[str, Any]:
 def resumed_settings(
     settings: Any, saved: dict[str, Any], given: dict[str, Any], free: tuple[str, ...]
 ) -> Any:
-    """The settings of a run that goes on: its own, and those given that may change without changing the run.
+    """The settings of a run that goes on: its own, `saved`, and of those given as flags the `free`.
 
-    Prints where the settings of today's file differ.
-
-    Args:
-        settings: today's, of the class that is returned too.
-        saved: the run's own, plain values.
-        given: what stood on the command line.
-        free: names that change no result.
-
-    Raises:
-        Fail: a given setting contradicts the run's.
+    Prints where today's `settings` differ; one that was given and contradicts the run's is a `Fail`.
     """
     run = make(type(settings), saved)
     today = replace(settings, **given)  # where a size given as one number is height and width
@@ -186,11 +169,7 @@ def _choices(hint: Any) -> list[str]:
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
-    """The value as the type that the field wants, from a command line, from JSON, or from an edited file.
-
-    Raises:
-        Fail: the value is none of the types or choices; the message names the field, and a near choice.
-    """
+    """The value as the type that the field wants, from a command line, from JSON, or from an edited file."""
     for option in sorted(_options(hint), key=lambda option: option is not NoneType):  # "none" is text, too
         try:
             return _convert(value, option)
@@ -262,19 +241,18 @@ def field_remarks(cls: type) -> dict[str, tuple[str, str]]:
 
     A remark begins behind its field and goes on in the comments below; one after a blank line is a heading.
     """
-    source = io.StringIO(textwrap.dedent(inspect.getsource(cls)))
-    hints, heading, name = get_type_hints(cls), "", None
+    hints, heading, name = get_type_hints(cls), "", ""
     remarks: dict[str, tuple[str, str]] = {}
-    for token in tokenize.generate_tokens(source.readline):
-        comment = token.string.removeprefix("#").strip() if token.type == tokenize.COMMENT else ""
-        if token.type == tokenize.NAME and token.start[1] == 4 and token.string in hints:
-            name = token.string
+    for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
+        field, comment = re.match(r"    (\w+):", line), re.search(r"  # (.*)", line)
+        if field and field[1] in hints:
+            name = field[1]
             remarks[name], heading = (heading, ""), ""
-        elif comment and name:
+        if comment and name:
             above, remark = remarks[name]
-            remarks[name] = (above, f"{remark} {comment}".lstrip())
+            remarks[name] = (above, f"{remark} {comment[1]}".lstrip())
         elif comment:
-            heading = comment
-        elif not token.line.strip():
-            name = None
+            heading = comment[1]
+        elif not line.strip():
+            name = ""
     return remarks

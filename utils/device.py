@@ -29,20 +29,10 @@ def keep_freed_memory() -> None:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of that name; `auto` is a GPU, or the CPU.
-
-    Args:
-        name: auto, cpu, cuda, cuda:1, mps.
-        local_rank: which GPU, where the name says none.
-
-    Raises:
-        ValueError: there is no such device.
-    """
+    """The device of that name: auto (a GPU, or the CPU), cpu, cuda (GPU number `local_rank`), cuda:1, mps."""
     if name == "auto":
-        if torch.cuda.is_available():
-            name = "cuda"
-        else:
-            name = "mps" if torch.backends.mps.is_available() else "cpu"
+        mps_or_cpu = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps_or_cpu
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
@@ -55,18 +45,13 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def pick_precision(amp: str, device: torch.device) -> torch.dtype:
-    """The dtype that convolutions compute in: float32, bfloat16 or float16.
-
-    Raises:
-        ValueError: float16 on a CPU, which is slow and has no gradient scaling to speak of.
-    """
-    if amp == "fp16" and device.type == "cpu":
+    """The dtype that convolutions compute in: float32, bfloat16 or float16."""
+    if amp == "fp16" and device.type == "cpu":  # slow, and without gradient scaling to speak of
         raise ValueError("amp fp16 needs a GPU; got device cpu. Use bf16 or auto")
     if amp == "auto":
         if device.type == "cuda":
-            return (
-                torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-            )
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if has_bf16 else torch.float16
         return torch.bfloat16 if device.type == "cpu" and cpu_gains_by_bf16() else torch.float32
     return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 

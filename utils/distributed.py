@@ -39,10 +39,8 @@ ONE_PROCESS = Processes()
 
 def read_processes() -> Processes:
     """What torchrun says in the environment; without it, one process. Silences all but the main one."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    processes = Processes(
-        *(int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True))
-    )
+    environment = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0} | dict(os.environ)
+    processes = Processes(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if not processes.is_main:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the life of the process)
     return processes
@@ -108,15 +106,6 @@ def told_by_main(value: Any) -> Any:
     told = [value]
     dist.broadcast_object_list(told, src=0)
     return told[0]
-
-
-def gathered(value: dict) -> dict:
-    """The union of the processes' dicts, whose keys differ."""
-    if not dist.is_initialized():
-        return value
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, value)
-    return {key: item for part in parts for key, item in part.items()}
 
 
 def is_lost(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""A run's folder and its log; the signal that stops it; where its time goes."""
+"""A run's folder, progress and log; the signal that stops it; where its time goes; what an error means."""
 
 import csv
 import io
@@ -9,33 +9,36 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import write_text
+import torch
+from torch import Tensor, nn
 
-LOGGED = (  # scores of the whole validation split that log.csv keeps
-    "mean_iou",
-    "mean_dice",
-    "mean_iou_foreground",
-    "mean_dice_foreground",
-    "pixel_accuracy",
-    "mean_accuracy",
-    "frequency_weighted_iou",
-    "picture_mean_iou",
-    "picture_mean_dice",
-    "baseline_iou",
-)
+from utils.checkpoint import write_text
+from utils.device import is_out_of_memory, peak_memory
+from utils.distributed import is_lost
+
 END_MARK = "report.png"  # written last: a run that has it is finished
 
 
-def try_output(output_dir: Path) -> None:
-    """Find out before the work whether files can be written to a folder that may not exist yet.
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint holds beside weights, optimizer and schedule."""
 
-    Raises:
-        OSError: they cannot; the message says what to do.
-    """
+    epoch: int = 0  # epochs that are over
+    step: int = 0  # steps of the present epoch that are over
+    sums: dict[str, float] = field(default_factory=dict)  # of the present epoch: each loss term x pictures
+    best: float = -1.0  # monitored score
+    best_epoch: int = 0
+    stalled: int = 0  # validations since the best
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of log.csv
+
+
+def try_output(output_dir: Path) -> None:
+    """Refuse by an OSError, before the work, a folder, there already or not, where nothing can be written."""
     folder = output_dir.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -50,11 +53,7 @@ def try_output(output_dir: Path) -> None:
 
 
 def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
-    """Make a run's folder, which no other run has or gets: `mkdir` is the lock between runs started at once.
-
-    Raises:
-        ValueError: `run_name` is taken.
-    """
+    """Make a run's folder, which no other run gets: `mkdir` is the lock between runs started at once."""
     output_dir.mkdir(parents=True, exist_ok=True)
     name = run_name or time.strftime(f"{model}_%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 1000):
@@ -65,101 +64,85 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
         except FileExistsError:
             if run_name:
                 break
-    way = f"Go on with it by --resume {folder}" if (folder / "last.pt").exists() else "Remove it"
+    unfinished = (folder / "last.pt").exists() and not (folder / END_MARK).exists()
+    way = f"Go on with it by --resume {folder}" if unfinished else "Remove it"
     raise ValueError(f"run_name {name!r} exists in {output_dir}. {way}, or give another name")
 
 
 def find_run(resume: str, output_dir: Path) -> Path:
-    """The folder to resume: the one named, or for `auto` the newest that has a checkpoint and no report yet.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if resume != "auto":
-        folder = Path(resume)
-        folder = folder.parent if folder.name == "last.pt" else folder
-        if not (folder / "last.pt").is_file():
-            raise FileNotFoundError(
-                f"no checkpoint at {folder / 'last.pt'}. Give resume an existing run, or leave it out"
-            )
-        return folder
-    runs = [last.parent for last in output_dir.glob("*/last.pt") if not (last.parent / END_MARK).exists()]
-    if not runs:
-        raise FileNotFoundError(f"no unfinished run in {output_dir}. Leave resume out to start a new one")
-    return max(runs, key=lambda folder: (folder / "last.pt").stat().st_mtime_ns)
+    """The folder to resume: the one named, or for `auto` the newest with a checkpoint and no report yet."""
+    if resume == "auto":
+        unfinished = [p for p in output_dir.glob("*/last.pt") if not (p.parent / END_MARK).exists()]
+        if not unfinished:
+            raise FileNotFoundError(f"no unfinished run in {output_dir}. Leave resume out to start a new one")
+        return max(unfinished, key=_written_at).parent
+    last = Path(resume) if Path(resume).name == "last.pt" else Path(resume, "last.pt")
+    if not last.is_file():
+        raise FileNotFoundError(f"no checkpoint at {last}. Give resume an existing run, or leave it out")
+    return last.parent
 
 
 def newest_weights(output_dir: Path) -> Path:
-    """The best.pt that was written last.
-
-    Raises:
-        FileNotFoundError: no run has one.
-    """
+    """The best.pt that was written last."""
     found = list(output_dir.glob("*/best.pt"))
     if not found:
-        raise FileNotFoundError(
-            f"no {output_dir}/*/best.pt. Train first (python train.py), or give weights a checkpoint"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime_ns)
+        train_first = "Train first (python train.py), or give weights a checkpoint"
+        raise FileNotFoundError(f"no {output_dir}/*/best.pt. {train_first}")
+    return max(found, key=_written_at)
+
+
+def _written_at(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def versions() -> dict[str, str]:
     """What this run is made with: Python, the system, and the packages that numbers depend on."""
-    found = {"python": platform.python_version(), "system": platform.platform()}
-    for package in ("torch", "torchvision", "numpy", "pillow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "none"
-    return found
+    packages = {package: version(package) for package in ("torch", "numpy", "pillow")}
+    return {"python": platform.python_version(), "system": platform.platform(), **packages}
 
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write all rows, one an epoch, under the union of their columns; what a row lacks, or NaN, is empty."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: _digits(value) for name, value in row.items()})
+        writer.writerow({name: _cell(value) for name, value in row.items()})
     write_text(path, text.getvalue())
 
 
-def _digits(value: Any) -> Any:
+def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}" if abs(value) < 1e-3 else f"{value:.6f}"
     return value
 
 
+def score_columns(class_names: Sequence[str], scores: Any, loss: float) -> dict[str, float]:
+    """The columns of `log.csv` that come from a validation; `scores` are those of a confusion matrix."""
+    means = {name: value for name, value in vars(scores).items() if isinstance(value, float)}
+    classes = {
+        f"{kind} {name}": float(value)
+        for kind in ("iou", "dice")
+        for name, value in zip(class_names, getattr(scores, kind), strict=True)
+    }
+    return {"val_loss": loss, **means, **classes}
+
+
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Columns in plain text: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: list[str]) -> str:
-        return "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
-
-    return "\n".join(map(line, [header, *rows]))
-
-
-def score_columns(class_names: Sequence[str], scores: Any, loss: float) -> dict[str, float]:
-    """The columns of `log.csv` that come from a validation; `scores` are those of a confusion matrix."""
-    columns = {"val_loss": loss} | {name: getattr(scores, name) for name in LOGGED}
-    for kind in ("iou", "dice"):
-        values = getattr(scores, kind)
-        columns |= {f"{kind} {name}": float(value) for name, value in zip(class_names, values, strict=True)}
-    return columns
+    lines = []
+    for first, *others in [header, *rows]:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def class_table(class_names: Sequence[str], scores: Any) -> str:
     """IoU, Dice and accuracy of each class, and their means."""
-    rows = [
-        [
-            "  " + name,
-            *(format_score(float(values[c])) for values in (scores.iou, scores.dice, scores.accuracy)),
-        ]
-        for c, name in enumerate(class_names)
-    ]
-    rows.append(["  mean", *map(format_score, (scores.mean_iou, scores.mean_dice, scores.mean_accuracy))])
+    table = [*zip(class_names, scores.iou, scores.dice, scores.accuracy, strict=True)]
+    table.append(("mean", scores.mean_iou, scores.mean_dice, scores.mean_accuracy))
+    rows = [[f"  {name}", *map(format_score, values)] for name, *values in table]
     return format_table(["  class", "IoU", "Dice", "accuracy"], rows)
 
 
@@ -172,12 +155,8 @@ class StopSignal:
     """Ctrl-C and SIGTERM set a flag that the loop reads between steps; a second one, later, ends at once.
 
     What comes within a second is one: torchrun passes on a Ctrl-C that the processes have had already.
-
-    Args:
-        quiet: say nothing when a signal comes; another process of the run does.
-
-    Attributes:
-        number: of the signal that came, at any moment; 0 where none did. Several processes first agree on it.
+    `number` is that of the signal that came, at any moment, and 0 where none did; several processes first
+    agree on it. A `quiet` one leaves the words to another process.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -186,9 +165,7 @@ class StopSignal:
         self._came_at = 0.0
 
     def __enter__(self) -> "StopSignal":
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -215,16 +192,12 @@ def format_time(seconds: float) -> str:
 
 
 class Clock:
-    """Seconds of wall time by what they went to, and the pace of the steps.
-
-    Attributes:
-        told: whether the run's length has been estimated.
-    """
+    """Seconds of wall time by what they went to, and the pace of the steps."""
 
     def __init__(self) -> None:
         self.seconds = {"data": 0.0, "step": 0.0, "validation": 0.0, "saving": 0.0}
-        self.told = False
         self._first: tuple[int, float] | None = None
+        self._estimated = False
 
     @contextmanager
     def to(self, what: str) -> Iterator[None]:
@@ -245,13 +218,30 @@ class Clock:
         self._first = self._first or (steps, now)
         return steps - self._first[0], now - self._first[1]
 
+    def left(self, position: int, total: int) -> str:
+        """How long the steps of the run that are left will take; empty before there is a pace."""
+        steps, seconds = self.since_first(position)
+        return f", about {format_time((total - position) * seconds / steps)} left" if steps else ""
+
+    def estimate(self, position: int, total: int, epoch_over: bool) -> str:
+        """Once, after ten steps or an epoch: how long the steps of the run will take; empty elsewhere."""
+        steps, seconds = self.since_first(position)
+        if self._estimated or not steps or not (steps >= 10 or epoch_over):
+            return ""
+        self._estimated = True
+        ahead = total - position + steps
+        duration = format_time(ahead * seconds / steps)
+        words = f"about {duration} for {ahead} steps, by the pace of {steps} of them; validation comes on top"
+        return f"time       {words}{self.advice()}"
+
     def share(self, what: str) -> float:
         """Of the time counted so far, 0 to 1."""
         return self.seconds[what] / (sum(self.seconds.values()) or 1.0)
 
     def describe(self) -> str:
         """Shares in percent, with advice where the data is waited for."""
-        return ", ".join(f"{what} {100 * self.share(what):.0f} %" for what in self.seconds) + self.advice()
+        shares = [f"{what} {100 * self.share(what):.0f} %" for what in self.seconds]
+        return ", ".join(shares) + self.advice()
 
     def advice(self) -> str:
         """What to try where over a tenth of the time so far went to waiting for data; empty elsewhere."""
@@ -261,3 +251,31 @@ class Clock:
             f". Data is waited for in {100 * self.share('data'):.0f} % of the time: try cache ram or disk, "
             "more num_workers, or smaller picture files"
         )
+
+
+def multiply_adds(model: nn.Module, picture: Tensor) -> float:
+    """Multiply-adds of a picture's way through a model; on the meta device they are not computed."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(picture)
+    return counter.get_total_flops() / 2
+
+
+def explain(error: Exception, device: torch.device, folder: Path | None, memory_savers: str) -> str | None:
+    """What to tell the user of an error that ended a run; None where it is a fault of this program."""
+    saved = folder is not None and os.path.exists(folder / "last.pt")
+    go_on = f"go on with --resume {folder}" if saved else "start again: nothing was saved yet"
+    first_line = str(error).split("\n")[0]
+    if is_out_of_memory(error):
+        weights = f" (from these weights: --init_from {folder / 'last.pt'})" if saved else ""
+        return (
+            f"out of memory on {device}, with a peak of {peak_memory(device) / 2**30:.1f} GiB. "
+            f"Free some, then {go_on}; or start anew{weights} with {memory_savers}"
+        )
+    if is_lost(error):
+        reason = first_line.split("] ", 1)[-1].split(". ")[0]  # without gloo's file and its good wishes
+        return f"another process of this run has ended: {reason}. Mend what ended it, then {go_on}"
+    if "DataLoader worker" in first_line:
+        return f"{first_line}. Where memory ran out, take fewer num_workers; then {go_on}"
+    return f"{error}. Mend that, then {go_on}" if isinstance(error, (ValueError, OSError)) else None

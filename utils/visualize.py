@@ -2,9 +2,8 @@
 
 Arrays and plain values in, a `PIL.Image` out; nothing here touches the disk. Pictures are uint8 (H, W) or
 (H, W, C): one channel is shown as grey, of more than three the first three. Class ids are integers (H, W);
-a palette and names have an entry a class, and an id that is `ignore_index`, or no class at all, is drawn in
-the grey `IGNORED`. A class whose colour is black is not painted by overlays, so that a background leaves the
-picture as it is.
+one that is `ignore_index`, or no class at all, is drawn in the grey `IGNORED`. A class whose colour is black
+is not painted by overlays, so that a background leaves the picture as it is.
 """
 
 import colorsys
@@ -14,16 +13,24 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Color = tuple[int, int, int]  # red, green, blue, 0 to 255
-Palette = Sequence[Sequence[int]]  # one such colour a class
-Rows = Sequence[Mapping[str, Any]]  # of log.csv, one an epoch; empty, missing and NaN values are gaps
-Plan = Sequence[Sequence[float]]  # (epoch, learning rate) points of the whole schedule
+Palette = Sequence[Sequence[int]]  # a colour a class: red, green, blue, 0 to 255
+Rows = Sequence[Mapping[str, float]]  # of log.csv, one an epoch; missing and NaN values are gaps
+Plan = Sequence[tuple[float, float]]  # (epoch, learning rate) points of the whole schedule
 Sample = tuple[np.ndarray, np.ndarray, np.ndarray, str]  # picture, truth, prediction, caption
+
+
+class Classes(NamedTuple):
+    """How classes are called and painted."""
+
+    names: Sequence[str]
+    palette: Palette
+    ignore_index: int | None = None
+
 
 IGNORED = (160, 160, 160)
 WRONG = (213, 50, 40)
@@ -33,7 +40,7 @@ WIDTH = 1280  # of the report, in pixels
 GAP = 8
 
 # Distinct for the colour-blind too: seven of Okabe and Ito (2008), then four of Paul Tol's muted scheme.
-FIRST_COLORS: list[Color] = [
+FIRST_COLORS = [
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
     (204, 121, 167), (136, 34, 85), (153, 153, 51), (51, 34, 136), (221, 221, 221),
 ]  # fmt: skip
@@ -47,7 +54,7 @@ CURVES = {  # title of a plot: its lines, by label, and their columns in log.csv
 }
 
 
-def default_palette(num_classes: int) -> list[Color]:
+def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
     """Give `num_classes` distinct (r, g, b): black for class 0, then a fixed sequence."""
     colors = dict.fromkeys([(0, 0, 0), *FIRST_COLORS])  # in order, each once
     step = 0
@@ -123,17 +130,18 @@ def with_legend(
         class_names = [f"{class_names[i]} {100 * shares[i]:.1f} %" for i in listed]
         palette = [palette[i] for i in listed]
     size = min(64, max(13, round(max(picture.size) / 55)))
-    legend = _legend(class_names, palette, max(picture.width, 15 * size), size)
+    legend = _legend(Classes(class_names, palette), max(picture.width, 15 * size), size)
     return _join([picture.convert("RGB"), legend], gap=0)
 
 
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` of `total` indices, evenly apart: neighbours are often frames of one video."""
+    count = min(count, total)
+    return [total * place // count for place in range(count)]
+
+
 def sample_panels(
-    rows: Sequence[Sample],
-    class_names: Sequence[str],
-    palette: Palette,
-    ignore_index: int | None = None,
-    tile_width: int | None = None,
-    legend: bool = True,
+    rows: Sequence[Sample], classes: Classes, tile_width: int | None = None, legend: bool = True
 ) -> Image.Image:
     """Show pictures beside what they hold and what was found: picture, truth, prediction, errors.
 
@@ -141,113 +149,86 @@ def sample_panels(
     widest picture, within limits.
     """
     tile_width = tile_width or min(300, max(180, *(image.shape[1] for image, *_ in rows)))
-    heads = [_line(text, tile_width, 15, bold=True) for text in ("picture", "truth", "prediction", "errors")]
-    lines, ignored = [_join(heads, across=True)], False
+    lines = [_heads(["picture", "truth", "prediction", "errors"], tile_width)]
     for image, truth, preds, caption in rows:
-        counted = _counted(truth, palette, ignore_index)
+        counted = _counted(truth, classes.palette, classes.ignore_index)
         errors = (_rgb(image).mean(-1, keepdims=True) * 0.35 + 160).astype(np.uint8).repeat(3, -1)
         errors[counted & (truth != preds)] = WRONG
         errors[~counted] = IGNORED
-        ignored |= not counted.all()
-        tiles = [_rgb(image), *(colorize(ids, palette, ignore_index) for ids in (truth, preds)), errors]
-        lines += [_tiles(tiles, tile_width), _line(caption, lines[0].width, 12, FAINT)]
+        masks = [colorize(ids, classes.palette, classes.ignore_index) for ids in (truth, preds)]
+        lines += [
+            _tiles([_rgb(image), *masks, errors], tile_width),
+            _line(caption, lines[0].width, 12, FAINT),
+        ]
     if legend:
-        lines.append(_legend(class_names, palette, lines[0].width, 14, ignored))
+        lines.append(_legend(classes, lines[0].width, 14, [truth for _, truth, *_ in rows]))
     return _join(lines, margin=(GAP, GAP))
 
 
-def augmented_panel(
-    images: np.ndarray,
-    masks: np.ndarray,
-    class_names: Sequence[str],
-    palette: Palette,
-    ignore_index: int | None = None,
-    limit: int = 8,
-) -> Image.Image:
+def augmented_panel(images: np.ndarray, masks: np.ndarray, classes: Classes) -> Image.Image:
     """Show a batch as the network sees it, each picture beside its overlay, two pairs a line.
 
-    Images are uint8 (N, H, W, C), after augmentation and before normalisation, masks class ids (N, H, W); at
-    most `limit` are shown.
+    Images are uint8 (N, H, W, C), after augmentation and before normalisation, masks class ids (N, H, W).
     """
-    images, masks = images[:limit], masks[:limit]
     tiles = []
     for image, mask in zip(images, masks, strict=True):
-        tiles += [_rgb(image), np.asarray(overlay(image, mask, palette, ignore_index=ignore_index))]
+        drawn = overlay(image, mask, classes.palette, ignore_index=classes.ignore_index)
+        tiles += [_rgb(image), np.asarray(drawn)]
     tile_width = min(300, max(180, images.shape[2]))
-    heads = [_line(text, tile_width, 15, bold=True) for text in ("picture", "with mask")]
-    lines = [_join(heads * min(2, len(images)), across=True)]
+    lines = [_heads(["picture", "with mask"] * min(2, len(images)), tile_width)]
     lines += [_tiles(tiles[first : first + 4], tile_width) for first in range(0, len(tiles), 4)]
-    ignored = not _counted(masks, palette, ignore_index).all()
-    lines.append(_legend(class_names, palette, lines[0].width, 14, ignored))
+    lines.append(_legend(classes, lines[0].width, 14, masks))
     return _join(lines, margin=(GAP, GAP))
 
 
-def draw_curves(rows: Rows, lr_plan: Plan | None = None) -> Image.Image:
+def draw_curves(rows: Rows, plan: Plan = ()) -> Image.Image:
     """Draw loss, mean IoU, mean Dice and learning rate over the epochs; the plan as a faint line."""
     titles = ["Loss", "Mean IoU", "Mean Dice", "Learning rate"]
     margins = {"left": 0.055, "right": 0.985, "top": 0.95, "bottom": 0.075, "hspace": 0.34, "wspace": 0.16}
-    return _render(
-        1100, 760, lambda figure: _draw_lines(figure.subplots(2, 2), titles, rows, lr_plan), margins
-    )
+    return _render(1100, 760, lambda figure: _draw_lines(figure.subplots(2, 2), titles, rows, plan), margins)
 
 
 def draw_report(
     rows: Rows,
-    class_names: Sequence[str],
-    palette: Palette,
-    iou: Sequence[float],
-    dice: Sequence[float],
+    plan: Plan,
+    classes: Classes,
+    scores: Any,
     counts: np.ndarray,
-    best_rows: Sequence[Sample],
-    worst_rows: Sequence[Sample],
+    samples: Sequence[Sample],
     title: str,
     subtitle: str = "",
-    ignore_index: int | None = None,
-    lr_plan: Plan | None = None,
 ) -> Image.Image:
     """Draw a run as one page: scores, curves, a bar a class, confusion matrix, best and worst pictures.
 
-    `iou` and `dice` (C,) are NaN where a class is neither present nor predicted; `counts` (C, C) is the
-    confusion matrix in pixels, truth down, prediction across. There may be no best and worst pictures. The
-    title is the run's name, the subtitle a line of what ran.
+    `scores` are those of `counts` (C, C), the confusion matrix in pixels, truth down, prediction across.
+    Of the samples, if any, the first two are the best and the others the worst. The title is the run's name,
+    the subtitle a line of what ran.
     """
-    iou, dice, counts = (np.asarray(values, dtype=np.float64) for values in (iou, dice, counts))
-    accuracy = counts.trace() / counts.sum() if counts.sum() else math.nan
-    mean_iou, mean_dice = (np.nanmean(v) if np.isfinite(v).any() else math.nan for v in (iou, dice))
-    scores = {"mean IoU": mean_iou, "mean Dice": mean_dice, "pixel accuracy": accuracy}
-    height = min(780, max(430, 110 + 20 * len(class_names)))  # of bars and matrix, below the curves' 300
+    height = min(780, max(430, 110 + 20 * len(counts)))  # of bars and matrix, below the curves' 300
 
     def draw(figure):
         above, below = figure.subfigures(2, 1, height_ratios=(300, height))
-        titles = ["Loss", "Validation scores", "Learning rate"]
-        _draw_lines(above.subplots(1, 3), titles, rows, lr_plan)
+        _draw_lines(above.subplots(1, 3), ["Loss", "Validation scores", "Learning rate"], rows, plan)
         bars, matrix = below.subplots(1, 2, width_ratios=(1, 1.15))
-        _draw_bars(bars, class_names, palette, iou, dice)
-        _draw_matrix(matrix, class_names, counts)
+        _draw_bars(bars, classes, scores.iou, scores.dice)
+        _draw_matrix(matrix, classes.names, counts)
 
     parts = [_heading(title, subtitle, scores), _render(WIDTH, 300 + height, draw)]
     halves = []
-    for words, samples in (("Best", best_rows), ("Worst", worst_rows)):
-        if samples:
+    for words, half in (("Best", samples[:2]), ("Worst", samples[2:])):
+        if half:
             heading = _join([_line(f"{words} validation pictures", 584, 16, bold=True)], margin=(GAP, GAP))
-            panel = sample_panels(samples, class_names, palette, ignore_index, 140, legend=False)
-            halves.append(_join([heading, panel], gap=0))
+            halves.append(_join([heading, sample_panels(half, classes, 140, legend=False)], gap=0))
     if halves:
-        truths = [truth for _, truth, *_ in (*best_rows, *worst_rows)]
-        ignored = not all(_counted(truth, palette, ignore_index).all() for truth in truths)
-        parts += [
-            _join(halves, across=True, gap=32, margin=(24, 0)),
-            _legend(class_names, palette, WIDTH, 15, ignored, 32),
-        ]
+        parts.append(_join(halves, across=True, gap=32, margin=(24, 0)))
+        parts.append(_legend(classes, WIDTH, 15, [truth for _, truth, *_ in samples], 32))
     return _join(parts, gap=4)
 
 
 # --- drawing with matplotlib; imported late, since it takes half a second ---
 
 
-def _render(
-    width: int, height: int, draw: Callable[[Any], None], margins: Mapping[str, float] | None = None
-) -> Image.Image:
+def _render(width: int, height: int, draw: Callable, margins: dict[str, float] | None = None) -> Image.Image:
     """Let `draw(figure)` fill a white page of so many pixels; no pyplot, hence no global state.
 
     Margins are measured unless given, which takes half as long again.
@@ -278,21 +259,21 @@ def _render(
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def _draw_lines(grid: np.ndarray, titles: Sequence[str], rows: Rows, lr_plan: Plan | None) -> None:
+def _draw_lines(grid: np.ndarray, titles: Sequence[str], rows: Rows, plan: Plan) -> None:
     """Draw plots of CURVES over the epochs."""
     from matplotlib.ticker import MaxNLocator
 
     for axes, title in zip(grid.flat, titles, strict=True):
-        epochs, scored = [1.0, *(_number(row.get("epoch")) for row in rows)], False
+        epochs, scored = [1.0, *(row["epoch"] for row in rows)], False
         if title == "Learning rate":
             axes.yaxis.set_major_formatter("{x:g}")  # 2e-05, not by a factor that covers the title
-            if lr_plan:
-                axes.plot(*zip(*lr_plan, strict=True), color="#c9ced4", linewidth=3, label="planned")
-                epochs.append(lr_plan[-1][0])
+            if plan:
+                axes.plot(*zip(*plan, strict=True), color="#c9ced4", linewidth=3, label="planned")
+                epochs.append(max(epoch for epoch, _ in plan))
         for label, column in CURVES[title].items():
             color = VAL_COLOR if label in ("validation", "mean Dice") else TRAIN_COLOR
-            points = [(_number(row.get("epoch")), _number(row.get(column))) for row in rows]
-            points = [point for point in points if all(map(math.isfinite, point))]
+            points = [(row["epoch"], row.get(column, math.nan)) for row in rows]
+            points = [point for point in points if math.isfinite(point[1])]
             if not points:
                 continue
             if column.startswith("mean"):
@@ -311,9 +292,7 @@ def _draw_lines(grid: np.ndarray, titles: Sequence[str], rows: Rows, lr_plan: Pl
             axes.text(0.5, 0.5, "not measured yet", transform=axes.transAxes, ha="center", color="#9aa0a6")
 
 
-def _draw_bars(
-    axes: Any, class_names: Sequence[str], palette: Palette, iou: np.ndarray, dice: np.ndarray
-) -> None:
+def _draw_bars(axes: Any, classes: Classes, iou: np.ndarray, dice: np.ndarray) -> None:
     """Draw IoU and Dice of each class; of more than 40 classes the 40 lowest."""
     order, title = np.arange(len(iou)), "Scores by class"
     if len(iou) > 40:
@@ -328,9 +307,9 @@ def _draw_bars(
         words = "n/a" if absent else f"{iou[i]:.3f}" + f"  {dice[i]:.3f}" * few
         axes.text(1.02, y, words, va="center", fontsize=size, color="#9aa0a6" if absent else DARK)
     swatches = {"s": 46 if few else 16, "marker": "s", "edgecolor": "#888888", "linewidth": 0.4}
-    colors = [np.array(palette[i]) / 255 for i in order]
+    colors = [np.array(classes.palette[i]) / 255 for i in order]
     axes.scatter(np.full(len(order), -0.035), place, color=colors, clip_on=False, **swatches)
-    labels = [_fitted(class_names[i], _font(13), 150) for i in order]
+    labels = [_fitted(classes.names[i], _font(13), 150) for i in order]
     axes.set_yticks(place, labels, fontsize=size, color=DARK)
     axes.tick_params(axis="y", length=0, pad=20)
     axes.spines["left"].set_visible(False)
@@ -342,7 +321,7 @@ def _draw_bars(
 def _draw_matrix(axes: Any, class_names: Sequence[str], counts: np.ndarray) -> None:
     """Draw the confusion matrix in per cent of each true class; numbers up to 30 classes, names up to 40."""
     totals, classes = counts.sum(1, keepdims=True), len(counts)
-    share = np.divide(100 * counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
+    share = np.divide(100 * counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
     axes.set_facecolor("#f1f2f4")  # shows through where a class is absent
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     if classes <= 30:
@@ -352,9 +331,7 @@ def _draw_matrix(axes: Any, class_names: Sequence[str], counts: np.ndarray) -> N
             axes.text(column, row, f"{value:.0f}", color="white" if value > 55 else DARK, **place)
     if classes <= 40:
         labels, size = [_fitted(name, _font(13), 95) for name in class_names], min(9.5, 260 / classes)
-        slant = (
-            {"rotation": 40 if classes <= 12 else 90, "ha": "right", "va": "center"} if classes > 3 else {}
-        )
+        slant = {"rotation": 40 if classes <= 12 else 90, "ha": "right", "va": "center"}
         axes.set_xticks(range(classes), labels, fontsize=size, rotation_mode="anchor", **slant)
         axes.set_yticks(range(classes), labels, fontsize=size)
     axes.tick_params(length=0)
@@ -369,12 +346,9 @@ def _draw_matrix(axes: Any, class_names: Sequence[str], counts: np.ndarray) -> N
 @lru_cache(maxsize=64)
 def _font(size: int, bold: bool = False) -> Any:
     """DejaVu Sans as matplotlib brings it (Latin, Greek, Cyrillic and more), found without importing that."""
-    spec = importlib.util.find_spec("matplotlib")
-    for folder in spec.submodule_search_locations if spec else []:
-        path = Path(folder) / "mpl-data" / "fonts" / "ttf" / f"DejaVuSans{'-Bold' * bold}.ttf"
-        if path.is_file():
-            return ImageFont.truetype(str(path), size)
-    return ImageFont.load_default(size)
+    folder = importlib.util.find_spec("matplotlib").submodule_search_locations[0]
+    path = Path(folder, "mpl-data", "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf")
+    return ImageFont.truetype(str(path), size)
 
 
 def _fitted(text: str, font: Any, width: float) -> str:
@@ -397,6 +371,11 @@ def _line(
     return strip
 
 
+def _heads(words: Sequence[str], tile_width: int) -> Image.Image:
+    """The line over a panel's columns."""
+    return _join([_line(text, tile_width, 15, bold=True) for text in words], across=True)
+
+
 def _tiles(pictures: Sequence[np.ndarray], tile_width: int) -> Image.Image:
     """Pictures of one size side by side, fitted into tiles of this width and at most 1.4 times its height."""
     height, width = pictures[0].shape[:2]
@@ -410,10 +389,12 @@ def _tiles(pictures: Sequence[np.ndarray], tile_width: int) -> Image.Image:
 
 
 def _legend(
-    names: Sequence[str], palette: Palette, width: int, size: int, ignored: bool = False, margin: int = 0
+    classes: Classes, width: int, size: int, truths: Sequence[np.ndarray] = (), margin: int = 0
 ) -> Image.Image:
-    """A strip of swatches and names in columns of equal width, with one for `IGNORED` where asked for."""
-    entries = [*zip(names, palette, strict=False), *[("ignored", IGNORED)] * ignored]
+    """A strip of swatches and names in columns of equal width, with `IGNORED` where truths hold it."""
+    entries = list(zip(classes.names, classes.palette, strict=False))
+    if not all(_counted(truth, classes.palette, classes.ignore_index).all() for truth in truths):
+        entries.append(("ignored", IGNORED))
     font, margin, row = _font(size), margin or round(0.7 * size), round(1.75 * size)
     room = width - 2 * margin
     longest = max((font.getlength(_fitted(name, font, math.inf)) for name, _ in entries), default=0)
@@ -430,13 +411,12 @@ def _legend(
     return strip
 
 
-def _heading(title: str, subtitle: str, scores: dict[str, float]) -> Image.Image:
+def _heading(title: str, subtitle: str, scores: Any) -> Image.Image:
     """The report's head: its title, and the scores in large figures at the right."""
-    room = WIDTH - 64 - 170 * len(scores)
-    parts = [_join([_line(title, room, 32, bold=True), _line(subtitle, room, 15, FAINT)])]
-    for name, value in scores.items():
-        words = "n/a" if math.isnan(value) else f"{value:.3f}"
-        figure = _line(words, 162, 32, bold=True, anchor="r")
+    parts = [_join([_line(title, WIDTH - 574, 32, bold=True), _line(subtitle, WIDTH - 574, 15, FAINT)])]
+    for name in ("mean IoU", "mean Dice", "pixel accuracy"):
+        value = getattr(scores, name.lower().replace(" ", "_"))
+        figure = _line("n/a" if math.isnan(value) else f"{value:.3f}", 162, 32, bold=True, anchor="r")
         parts.append(_join([figure, _line(name, 162, 15, FAINT, anchor="r")]))
     return _join(parts, across=True, margin=(32, 16))
 
@@ -464,8 +444,3 @@ def _rgb(image: np.ndarray) -> np.ndarray:
 def _counted(ids: np.ndarray, palette: Palette, ignore_index: int | None) -> np.ndarray:
     """Where ids are classes that count."""
     return (ids >= 0) & (ids < len(palette)) & (ids != (-1 if ignore_index is None else ignore_index))
-
-
-def _number(value: Any) -> float:
-    """A cell of log.csv as a float; NaN where it is empty or missing."""
-    return math.nan if value in (None, "") else float(value)
