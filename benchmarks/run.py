@@ -5,6 +5,7 @@ losses   losses, class ids and the confusion matrix against other libraries'
 data     from files to batches
 predict  from pictures to masks
 train    whole processes: an epoch and its validation against segmentation_models.pytorch and a plain script
+scores   mean IoU with the switches for speed on and off, over some seeds
 startup  --help, wrong settings, imports, the way to the first step
 memory   peak, flatness over epochs, cost of many pictures
 gpu      a training step on a GPU in every way it can be run, and the wait for data
@@ -16,7 +17,7 @@ import runpy
 import sys
 from pathlib import Path
 
-NAMES = [line.split()[0] for line in __doc__.splitlines()[2:10]]
+NAMES = [line.split()[0] for line in __doc__.splitlines()[2:11]]
 
 
 def main(arguments: list[str]) -> None:

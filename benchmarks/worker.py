@@ -32,7 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import Config
 from models import build_model
-from models.layers import AtrousConv2d
+from models.layers import AtrousConv2d, MergingConv2d
+from utils.device import keep_freed_memory
 
 IGNORED = 255
 PEERS = ("segmentation_models_pytorch", "torchvision")  # without one, what needs it says so
@@ -40,6 +41,7 @@ NETWORKS: dict[str, dict[str, Any]] = {  # settings of Config
     "unet": dict(model="unet", base_channels=64),
     "segnet": dict(model="segnet", base_channels=64),
     "fcn": dict(model="fcn", backbone="vgg16_bn"),
+    "fcn_vgg16": dict(model="fcn", backbone="vgg16"),
     "pspnet_resnet18": dict(model="pspnet", backbone="resnet18"),
     "pspnet_resnet50": dict(model="pspnet", backbone="resnet50"),
     "deeplabv3plus_resnet18": dict(model="deeplabv3plus", backbone="resnet18"),
@@ -70,7 +72,8 @@ class Case:
         maker: who wrote the network: ours; plain (ours, each convolution computed whole); smp or torchvision.
         trainer: None for train.py's own step; else a plain loop in that dtype.
         channels_last: of the plain loop.
-        bare: cross entropy alone and SGD in the plain loop, so that little but the network is measured.
+        bare: cross entropy alone, fused SGD and freed memory kept in the plain loop, so that little but the
+            network is measured.
         settings: of Config, for train.py's step.
         compile_mode: of torch.compile, for train.py's step; None for what the settings say.
         data: folder of pictures; None for a few of noise.
@@ -128,6 +131,40 @@ def floating_point_work(case: Case) -> int:
     return 3 * counter.get_total_flops()
 
 
+def inner_multiply_adds(case: Case) -> float:
+    """Of a forward pass's convolutions, without taps that see only padding, however they are computed.
+
+    Atrous convolutions of small maps see little else, and oneDNN skips it: a network with many of them
+    would seem fast by the work it does not do.
+    """
+    found = []
+
+    def count(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        images, weights = inputs[-1], conv.weight.shape[:2].numel()  # a tap
+        if isinstance(conv, nn.ConvTranspose2d):
+            found.append(images.shape[0] * images.shape[2:].numel() * conv.weight.numel())
+            return
+        if isinstance(conv, MergingConv2d):  # of the coarse map all taps at each of its own positions
+            coarse = inputs[0]
+            found.append(coarse.numel() * conv.out_channels * conv.weight.shape[2:].numel())
+            weights -= coarse.shape[1] * conv.out_channels
+        taps = [0, 0]  # down, across: pairs of a place in the output and a tap that falls on the map
+        for axis, (side, out) in enumerate(zip(images.shape[2:], output.shape[2:], strict=True)):
+            for at in range(out):
+                first = at * conv.stride[axis] - conv.padding[axis]
+                places = (first + tap * conv.dilation[axis] for tap in range(conv.kernel_size[axis]))
+                taps[axis] += sum(0 <= place < side for place in places)
+        found.append(len(output) * taps[0] * taps[1] * weights)
+
+    with torch.device("meta"):
+        model = case.build()
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                module.register_forward_hook(count)
+        model(torch.empty(case.batch, 3, case.size, case.size))
+    return sum(found)
+
+
 def write_pictures(root: Path, train: int, val: int, size: tuple[int, int], classes: int, kind: str) -> None:
     """Pictures of smooth noise, masks of blocks, `size` (height, width); `kind` is the pictures' suffix."""
     rng = np.random.default_rng(0)
@@ -147,7 +184,7 @@ def our_run(case: Case, folder: Path) -> Any:
     """Everything that train.py has when its first step begins."""
     import train
     from datasets import check_data
-    from utils.device import keep_freed_memory, pick_device, pick_precision
+    from utils.device import pick_device, pick_precision
 
     keep_freed_memory()
     config = case.config
@@ -205,9 +242,11 @@ def plain_step(case: Case) -> tuple[Callable[[], object], str]:
         AtrousConv2d.forward = nn.Conv2d.forward
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     model = case.build().to(case.device, memory_format=layout).train()
-    optimizer = torch.optim.Adam(model.parameters())
     if case.bare:
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        keep_freed_memory()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+    else:
+        optimizer = torch.optim.Adam(model.parameters())
     images = torch.randn(case.batch, 3, case.size, case.size, device=case.device).to(memory_format=layout)
     masks = torch.randint(0, case.classes, (case.batch, case.size, case.size), device=case.device)
     dice, name = None, "cross entropy"
@@ -269,6 +308,8 @@ def serve(case: Case, pipe: Connection) -> None:
                 (step, loss), precision = plain_step(case), case.trainer
             about |= {"precision": str(precision).removeprefix("torch."), "loss": loss}
             about["work"] = floating_point_work(case)
+            if case.bare:
+                about["multiply_adds"] = 3 * inner_multiply_adds(case)
         except ModuleNotFoundError as error:
             if error.name not in PEERS:
                 raise

@@ -24,6 +24,7 @@ SMALLEST = {
         "0",
     ]
     + SMALL,
+    "scores": ["--rounds", "1", "--", "--image_size", "32", "--base_channels", "4", "--epochs", "1"],
     "startup": ["--cases", "train.py --help", "--rounds", "1"],
     "memory": ["--parts", "peak", "--models", "separable_resnet18", "--cases", "ours", *SMALL],
     "gpu": ["--device", "cpu", "--models", "separable_resnet18", "--ways", "bf16", "--steps", "1"]
@@ -44,7 +45,7 @@ def run(monkeypatch):
 @pytest.mark.parametrize("name", SMALLEST)
 def test_a_benchmark_writes_its_measurements_and_the_machine(name, run, tmp_path, capsys):
     output = tmp_path / "out.json"
-    run([name, *SMALLEST[name], "--output", str(output)])
+    run([name, "--output", str(output), *SMALLEST[name]])
     found = json.loads(output.read_text())
     assert found["machine"]["cores"] > 0
     assert found["machine"]["versions"]["torch"]
