@@ -20,10 +20,9 @@ from .transforms import Augmentation, Box, fit, fit_mask, generator_for, place
 from .warp import apply_move
 
 VERSION = 1  # of cached samples; raise it when reading or fitting gives other bytes
-SHORT_WORK = (
-    100_000  # pixels; up to here a cached sample (half of it, if turned) is operations of microseconds,
-)
-# between which two threads wait for each other (for Python's lock): one is faster
+# Pixels; up to here a cached sample (half of it, if turned) is operations of microseconds, between which two
+# threads wait for each other (for Python's lock): one is faster.
+SHORT_WORK = 100_000
 NO_MOVES = Augmentation(hflip=0)
 
 
