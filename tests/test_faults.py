@@ -299,7 +299,8 @@ def test_a_run_of_one_process_goes_on_with_two_and_a_signal_to_one_stops_both(
     progress = read_checkpoint(folder / "last.pt")["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 3)
     assert "stopped; go on" in (tmp_path / "log0").read_text()
-    assert (tmp_path / "log1").read_text() == ""  # one says it
+    said = (tmp_path / "log1").read_text().splitlines()
+    assert all(line.startswith("[Gloo]") for line in said)  # an older torch greets; what happened, one says
     ranks = start_ranks(settings(resume=str(folder)), tmp_path)
     assert [ended(process) for process in ranks] == [0, 0]
     assert (folder / "log.csv").read_text().count("\n") == 4

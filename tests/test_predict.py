@@ -421,6 +421,7 @@ def test_what_cannot_be_exported_is_refused(args, tmp_path, name, words):
     assert (tmp_path / "runs.pt2").read_bytes() == b"mine"
 
 
+@needs_export
 def test_onnx_is_compared_with_the_network_or_refused_with_the_packages_to_install(args, tmp_path, capsys):
     given = args(export=str(tmp_path / "net.onnx"))
     if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxscript"):

@@ -17,6 +17,7 @@ from datasets.folder import SegmentationDataset
 
 SIZE = (24, 32)
 IDS = np.indices(SIZE).sum(0) // 12 % 3  # three classes in stripes
+HUGE = np.uint64(2**64 - 1)
 COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255))
 EXIF_TURNED = 6
 
@@ -298,7 +299,11 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         ["p0.tif", "2 pages"],
     ),
     "colours among ids": (lambda r: colour_png(r / "val/masks/p0", IDS), {}, ["colours"]),
-    "huge ids": (lambda r: np_mask(r, np.where(IDS == 1, 2**64 - 1, IDS).astype(np.uint64)), {}, ["huge"]),
+    "huge ids": (
+        lambda r: np_mask(r, np.where(IDS == 1, HUGE, IDS.astype(np.uint64))),
+        {},
+        ["huge"],
+    ),
     "infinite ids": (
         lambda r: np_mask(r, np.where(IDS == 2, np.inf, IDS * 255.0)),
         {"num_classes": 2, "labels": "snap:0=0,255=1"},
