@@ -118,12 +118,13 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
         with run.stop, closing(run.loader):
             start(run)
             train(run)
+        run.forward = run.model
+        distributed.leave()
     except (DataError, OSError, RuntimeError, MemoryError) as error:
         told = run_files.explain(error, device, folder, config.memory_savers)
         if told is None:
             raise
         raise Fail(told, 1) from error
-    distributed.leave()
     return folder
 
 

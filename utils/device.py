@@ -14,8 +14,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of handing it back and faulting it in again at every step.
 
     Large tensors are otherwise mapped and unmapped by the kernel at each use. Those of 128 MiB and more still
-    are: kept, such holes cost a quarter of a step's memory, given back a tenth of its time. To be called before
-    the first large tensor; does nothing where the C library is another one.
+    are: kept, they would leave holes of a quarter of a step's memory, to save a tenth of its time. To be called
+    before the first large tensor; does nothing where the C library is another one.
     """
     if sys.platform != "linux" or "MALLOC_CONF" in os.environ or "LD_PRELOAD" in os.environ:
         return  # another allocator may be in charge

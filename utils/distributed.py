@@ -4,6 +4,7 @@ Each process has its share of every batch; DistributedDataParallel averages the 
 With one process everything here does nothing, so the loop is written once.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -54,8 +55,14 @@ def join(processes: Processes, device: torch.device) -> None:
 
 
 def leave() -> None:
-    """Part from the others, where there are any."""
+    """Part from the others, where there are any, together.
+
+    What `wrap` made must be out of use. It goes first: were it the group's last owner, it would wait under
+    Python's lock for a thread of gloo's that may want that lock, to let go of the last tensors.
+    """
     if dist.is_initialized():
+        gc.collect()
+        dist.barrier()
         dist.destroy_process_group()
 
 
