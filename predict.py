@@ -26,8 +26,8 @@ class Args:
     tta: Literal["none", "flip", "multiscale"] = "none"  # average over the picture and its mirror image, and
     # over three scales; slower, a little better
     threshold: float | None = None  # two classes: probability from which a pixel is class 1; None: 0.5
-    batch_size: int = 8  # pictures, or windows, that are computed together
-    num_workers: int = 2  # threads that read and write pictures beside the network
+    batch_size: int = 4  # pictures, or windows, that are computed together
+    num_workers: int = 2  # threads that take pictures from file to mask; on a CPU they share its cores
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
     amp: Literal["auto", "off", "bf16", "fp16"] | None = None  # mixed precision; None: as in training
 
@@ -65,9 +65,8 @@ import io
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +77,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config
-from datasets import Encoding, find_images, pair_truth, read_image, read_mask
-from datasets.large import LargePicture, count_pixels
-from datasets.reading import load_image
-from datasets.transforms import Box, fit, place, resize_mask
+from datasets import Encoding, find_images, pair_truth, read_image
+from datasets.large import LargeMask, LargePicture, picture_size
+from datasets.reading import load_fitted
+from datasets.transforms import Box, fit, resize_mask
 from metrics import ConfusionMatrix, predicted_ids
 from models import load_model
 from utils import visualize
@@ -91,8 +90,10 @@ from utils.inference import Network, picture_logits, restored_strips, sliding_bl
 from utils.run import class_table, format_score, format_table, newest_weights, try_output
 
 SUMMARY = "summary.csv"
-LARGE = 2**28  # numbers in a picture's logits from which it is predicted strip by strip
+SCORES = ("mean_iou", "mean_dice", "pixel_accuracy")  # of a picture, where the truth is given
+LARGE = 2**26  # numbers in a picture's logits, of four classes at least, from which it is taken in strips
 DRAWN = 4096  # pixels of the longer side of such a picture's overlay
+STRIP = 2**22  # pixels of a mask that are looked at together
 
 
 def segment(model: nn.Module, picture: np.ndarray) -> np.ndarray:
@@ -113,63 +114,71 @@ def segment(model: nn.Module, picture: np.ndarray) -> np.ndarray:
     return predicted_ids(next(logits))[0].cpu().numpy()
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is the same for all pictures."""
+
+    args: Args
+    info: Any  # what the checkpoint knows
+    network: Network
+    encoding: Encoding  # of the training masks
+    files: list[Path]
+    names: list[str]  # of what is written, without ending
+    truths: list[Path]  # one a picture, or none at all
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """The size of the sliding window, or none."""
+        return window_of(self.info, self.args.window)
+
+    @property
+    def classes(self) -> int:
+        """How many there are."""
+        return len(self.info.class_names)
+
+    def is_large(self, index: int) -> bool:
+        """Whether a picture is to be taken in strips; what is no picture is told when it is read."""
+        try:
+            height, width = picture_size(self.files[index])
+        except (ValueError, OSError):
+            return False
+        return height * width * max(4, self.classes) > LARGE
+
+
+@dataclass
+class Found:
+    """A picture and what was made of it; the arrays go once it is saved."""
+
+    index: int
+    problem: str = ""  # why it, or something of it, is not written
+    image: np.ndarray | None = None  # uint8 (h, w, C), as the network sees it
+    box: Box | None = None
+    picture: np.ndarray | None = None  # uint8 (H, W, C), to draw on; of a large one, reduced
+    ids: np.ndarray | None = None  # (H, W)
+    probabilities: np.ndarray | None = None  # float16 (num_classes, H, W)
+    shares: list[float] | None = None  # of each class
+    matrix: ConfusionMatrix | None = None  # against the truth
+    saved: Future | None = None
+
+
 def main(args: Args) -> int:
-    """Predict as `args` says; returns the number of pictures that could not be read.
+    """Predict as `args` says.
 
     Raises:
         Fail: for all that the user can mend, before anything is written; code 1 where pictures were skipped.
     """
     with mendable():
         weights = Path(args.weights) if args.weights else newest_weights(Path(Config().output_dir))
-        device = pick_device(args.device)
         if args.export:
             return write_network(weights, Path(args.export))
-        model = load_model(weights, device)
-        info = model.info
-        num_classes = info.architecture["num_classes"]
-        if args.threshold is not None and num_classes != 2:
-            raise ValueError(f"threshold is for two classes; {weights} has {num_classes}. Leave it out")
-        precision = pick_precision(args.amp or info.amp, device)
-        files = find_images(args.input, args.recursive)
-        encoding = Encoding.from_dict(info.encoding)
-        truths = pair_truth(files, args.truth, info.mask_suffix, encoding) if args.truth else []
-        output = Path(args.output)
-        try_output(output)
-        refuse_foreign_output(output)
-    if not any(is_large(path, num_classes) for path in files):  # else memory matters more than time
-        keep_freed_memory()
-    network = Network(model, mean=info.mean, std=info.std, device=device, precision=precision, tta=args.tta)
-    names = output_names(files, Path(args.input))
-    print(
-        f"{weights}: {info.architecture['name']}, {num_classes} classes, epoch {info.epoch}; "
-        f"{len(files)} pictures; {describe_device(device)}, {str(precision).removeprefix('torch.')}"
-    )
-    total = ConfusionMatrix(num_classes, info.ignore_index)
-    rows, failed, saving, started = [], [], [], time.perf_counter()
-    with ThreadPoolExecutor(args.num_workers) as threads:
-        reader = read_ahead(threads, files, 2 * args.batch_size, partial(read, args, info))
-        for index, found in predictions(args, info, network, batches_of(reader, args.batch_size, failed)):
-            if isinstance(found, Exception):
-                note(found, failed)
-                continue
-            row = {"picture": str(files[index]), **shares(found.ids, info.class_names)}
-            if truths:
-                row |= score(found.ids, truths[index], encoding, info, total)
-            rows.append(row)
-            if found.large and args.probabilities:
-                note(
-                    f"{files[index]}: too large for probabilities, which were not written; its mask was",
-                    failed,
-                )
-            saving.append(threads.submit(save, args, info, encoding, names[index], found))
-            saving = wait_for(saving, keep=0 if found.large else 2 * args.batch_size)
-            del found  # before the next is decoded
-        wait_for(saving, keep=0)
-    seconds = time.perf_counter() - started
+        work = prepare(args, weights)
+    started = time.perf_counter()
+    rows, total, failed = predict_all(work)
+    seconds, output = time.perf_counter() - started, Path(args.output)
     write_rows(output / SUMMARY, rows)
-    print_shares(rows, info.class_names)
+    print_shares(rows, work.info.class_names)
     if args.truth:
-        print_scores(output, rows, total, info.class_names)
+        print_scores(output, rows, total, work.info.class_names)
     print(
         f"wrote {len(rows)} masks to {output / 'masks'}"
         + (f", overlays to {output / 'overlays'}" if args.overlay else "")
@@ -178,9 +187,108 @@ def main(args: Args) -> int:
     if failed:
         lines = "\n".join(f"  {message}" for message in failed)
         raise Fail(
-            f"{len(failed)} of {len(files)} pictures had problems, the others are written:\n{lines}", 1
+            f"{len(failed)} of {len(work.files)} pictures had problems, the others are written:\n{lines}", 1
         )
     return 0
+
+
+def prepare(args: Args, weights: Path) -> Work:
+    """Open the checkpoint, find the pictures, and look at all that could be wrong.
+
+    Raises:
+        ValueError: a wrong value, checkpoint, picture or truth.
+        OSError: something is missing, or in the way.
+    """
+    device = pick_device(args.device)
+    model = load_model(weights, device)
+    info = model.info
+    if args.threshold is not None and len(info.class_names) != 2:
+        raise ValueError(f"threshold is for two classes; {weights} has {len(info.class_names)}. Leave it out")
+    precision = pick_precision(args.amp or info.amp, device)
+    files = find_images(args.input, args.recursive)
+    encoding = Encoding.from_dict(info.encoding)
+    truths = pair_truth(files, args.truth, info.mask_suffix, encoding) if args.truth else []
+    output = Path(args.output)
+    try_output(output)
+    refuse_foreign_output(output)
+    network = Network(model, mean=info.mean, std=info.std, device=device, precision=precision, tta=args.tta)
+    print(
+        f"{weights}: {info.architecture['name']}, {len(info.class_names)} classes, epoch {info.epoch}; "
+        f"{len(files)} pictures; {describe_device(device)}, {str(precision).removeprefix('torch.')}"
+    )
+    return Work(args, info, network, encoding, files, output_names(files, Path(args.input)), truths)
+
+
+def predict_all(work: Work) -> tuple[list[dict[str, Any]], ConfusionMatrix, list[str]]:
+    """Predict and write every picture.
+
+    Returns:
+        Rows of summary.csv and scores.csv, the counts of all pictures, and what went wrong.
+
+    Raises:
+        Fail: the output cannot be written.
+    """
+    large = {index for index in range(len(work.files)) if work.is_large(index)}
+    if not large:  # else memory matters more than time
+        keep_freed_memory()
+    total, rows, failed = ConfusionMatrix(work.classes, work.info.ignore_index), [], []
+    bar = tqdm(total=len(work.files), unit="img", leave=False, disable=not sys.stderr.isatty())
+    with bar, ThreadPoolExecutor(work.args.num_workers) as writers:
+        for found in in_order(work, large, writers):
+            bar.update()
+            if found.saved:
+                wait_for(found.saved)
+                rows.append({"picture": str(work.files[found.index]), **row_of(found, work.info.class_names)})
+                if found.matrix:
+                    total.merge(found.matrix)
+            if found.problem:  # said at once, and again at the end
+                failed.append(found.problem)
+                print(f"problem: {found.problem}", file=sys.stderr)
+    return rows, total, failed
+
+
+def in_order(work: Work, large: set[int], writers: Executor) -> Iterator[Found]:
+    """All pictures as they were found, while the next ones are read and computed by threads.
+
+    On a CPU each thread has its share of the cores and takes its own pictures through the network, so that
+    no core waits for another at every layer. Large pictures are taken alone, on all cores.
+    """
+    threads = torch.get_num_threads()
+    workers = min(work.args.num_workers, len(work.files))
+    if work.network.device.type == "cpu":
+        workers = min(workers, threads)
+    share = max(1, threads // workers)
+    pending: deque[Future] = deque()
+    try:
+        with ThreadPoolExecutor(workers, "network", torch.set_num_threads, (share,)) as pool:
+            for batch in batches(len(work.files), large, work.args.batch_size, 2 * workers):
+                if batch[0] in large:
+                    while pending:
+                        yield from pending.popleft().result()
+                    yield predict_large(work, writers, batch[0])
+                    continue
+                pending.append(pool.submit(predict_batch, work, writers, batch))
+                if len(pending) > workers:
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+    finally:
+        torch.set_num_threads(threads)  # which the threads have changed for those that are still to come
+
+
+def batches(count: int, alone: set[int], size: int, parts: int) -> Iterator[list[int]]:
+    """Numbers below `count`, `size` at a time, towards the end fewer, so that all threads end together."""
+    batch: list[int] = []
+    for index in range(count):
+        if batch and index in alone:
+            yield batch
+            batch = []
+        batch.append(index)
+        if index in alone or len(batch) >= min(size, (count - batch[0]) // parts):
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def write_network(weights: Path, path: Path) -> int:
@@ -253,138 +361,84 @@ def output_names(images: Sequence[Path], source: Path) -> list[str]:
     return names
 
 
-@dataclass
-class Found:
-    """A picture that was read, and what was made of it."""
+def predict_batch(work: Work, writers: Executor, batch: Sequence[int]) -> list[Found]:
+    """Take some pictures all the way: read them, compute their classes, and hand them to be written."""
+    found = [read(work, index) for index in batch]
+    readable = [one for one in found if not one.problem]
+    if readable:
+        images, boxes = [chw(one.image) for one in readable], [one.box for one in readable]
+        logits = picture_logits(work.network, images, boxes, work.window, work.args.overlap)
+        for one, whole in zip(readable, logits, strict=True):
+            if work.args.probabilities:
+                one.probabilities = whole[0].softmax(0).half().cpu().numpy()
+            one.ids = ids_of(work, [(0, 0, whole[0])], whole.shape[2:])
+            count(work, one)
+            one.saved = writers.submit(save, work, one)
+    return found
 
-    image: np.ndarray | None = None  # uint8 (h, w, C), as the network sees it
-    box: Box | None = None
-    picture: np.ndarray | None = None  # uint8 (H, W, C), to draw on; of a large one, reduced
-    large: LargePicture | None = None
-    ids: np.ndarray | None = None  # (H, W)
-    probabilities: np.ndarray | None = None  # float16 (num_classes, H, W)
 
-
-def is_large(path: Path, num_classes: int) -> bool:
-    """Whether a picture is to be predicted strip by strip; what is no picture is told when it is read."""
+def read(work: Work, index: int) -> Found:
+    """Read one picture, decoding it once if that will do."""
+    path, in_channels = work.files[index], work.info.architecture["in_channels"]
     try:
-        return count_pixels(path) * num_classes > LARGE
-    except (ValueError, OSError):
-        return False
-
-
-def read(args: Args, info: Any, path: Path) -> Found | ValueError | OSError:
-    """Read one picture, decoding it once if that will do; a large one is left for later, errors returned."""
-    in_channels, image_size = info.architecture["in_channels"], tuple(info.image_size)
-    resize = "crop" if window_of(info, args.window) else info.resize
-
-    def content(size: tuple[int, int]) -> tuple[int, int]:
-        box = place(size, image_size, resize)
-        return box.height, box.width
-
-    try:
-        if is_large(path, info.architecture["num_classes"]):
-            return Found(large=LargePicture(path, in_channels))
-        picture, size, _ = load_image(path, in_channels, reduce_to=content)
-        image, box = fit(picture, image_size, resize, size)
-        if not args.overlay:
-            return Found(image, box)
-        if picture.shape[:2] != tuple(size):  # a JPEG that was decoded smaller
+        resize = "crop" if work.window else work.info.resize
+        image, box, picture = load_fitted(path, in_channels, tuple(work.info.image_size), resize)
+        if not work.args.overlay:
+            picture = None
+        elif picture.shape[:2] != (
+            box.original_height,
+            box.original_width,
+        ):  # a JPEG that was decoded smaller
             picture = read_image(path, in_channels)
-        return Found(image, box, picture)
+        return Found(index, image=image, box=box, picture=picture)
     except (ValueError, OSError) as error:
-        return error
+        return Found(index, problem=str(error))
 
 
-def read_ahead(
-    threads: ThreadPoolExecutor, files: Sequence[Path], ahead: int, read: Callable[[Path], Any]
-) -> Iterator[tuple[int, Any]]:
-    """Yield (index, what `read` returns) in order, `ahead` pictures being read by threads meanwhile."""
-    pending: deque[Future] = deque()
-    with tqdm(total=len(files), unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
-        for index in range(len(files) + ahead):
-            if index < len(files):
-                pending.append(threads.submit(read, files[index]))
-            if index >= ahead:
-                yield index - ahead, pending.popleft().result()
-                bar.update()
+def predict_large(work: Work, writers: Executor, index: int) -> Found:
+    """Likewise for a picture whose logits are never in memory all at once, nor its pixels beside its mask."""
+    found, path = Found(index), work.files[index]
+    try:
+        with LargePicture(path, work.info.architecture["in_channels"]) as picture:
+            if work.args.overlay:
+                found.picture = picture.reduced(DRAWN)
+            if work.window:
+                found.ids = ids_of(work, windows(work, picture), picture.size)
+            else:
+                found.image, found.box = picture.fitted(work.info.image_size, work.info.resize)
+        if not work.window:
+            logits = work.network.logits(chw(found.image)[None])
+            found.ids = ids_of(work, restored_strips(logits, found.box), picture.size)
+        count(work, found)
+    except (ValueError, OSError) as error:
+        return Found(index, problem=str(error))
+    if work.args.probabilities:
+        found.problem = f"{path}: too large for probabilities, which were not written; its mask was"
+    found.saved = writers.submit(save, work, found)
+    return found
 
 
-def batches_of(
-    reader: Iterator[tuple[int, Found | ValueError | OSError]], batch_size: int, failed: list[str]
-) -> Iterator[list[tuple[int, Found]]]:
-    """Gather what was read into batches, large pictures alone; messages of what was not go to `failed`."""
-    batch = []
-    for index, found in reader:
-        if isinstance(found, Exception):
-            note(found, failed)
-            continue
-        if batch and (found.large or len(batch) == batch_size):
-            yield batch
-            batch = []
-        batch.append((index, found))
-        if found.large:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def windows(work: Work, picture: LargePicture) -> Iterator[tuple[int, int, Tensor]]:
+    """Logits of a large picture, block by block."""
+    return sliding_blocks(
+        work.network.logits,
+        lambda *rows: chw(picture.rows(*rows)),
+        picture.size,
+        work.window,
+        work.args.overlap,
+        work.args.batch_size,
+    )
 
 
-def note(problem: Any, failed: list[str]) -> None:
-    """Say at once what went wrong with a picture, and keep it for the end."""
-    failed.append(str(problem))
-    print(f"problem: {problem}", file=sys.stderr)
-
-
-def predictions(
-    args: Args, info: Any, network: Network, batches: Iterator[list[tuple[int, Found]]]
-) -> Iterator[tuple[int, Found | ValueError | OSError]]:
-    """Yield each picture with its class ids, in order; a large one that is broken inside gives its error."""
-    window = window_of(info, args.window)
-    decide = predicted_ids if args.threshold is None else partial(above, threshold=args.threshold)
-    for batch in batches:
-        if batch[0][1].large:
-            index, found = batch.pop()
-            try:
-                with found.large as picture:
-                    found.ids = large_ids(network, picture, decide, info, window, args.overlap)
-                    found.picture = picture.reduced(DRAWN) if args.overlay else None
-            except (ValueError, OSError) as error:
-                found = error
-            yield index, found
-            continue
-        images, boxes = [chw(found.image) for _, found in batch], [found.box for _, found in batch]
-        logits = picture_logits(network, images, boxes, window, args.overlap)
-        for (index, found), one in zip(batch, logits, strict=True):
-            found.ids = decide(one)[0].cpu().numpy()
-            if args.probabilities:
-                found.probabilities = one[0].softmax(0).half().cpu().numpy()
-            yield index, found
-
-
-def large_ids(
-    network: Network,
-    picture: LargePicture,
-    decide: Callable[[Tensor], Tensor],
-    info: Any,
-    window: tuple[int, int] | None,
-    overlap: float,
-) -> np.ndarray:
-    """Class ids (H, W) of a picture whose logits are never in memory all at once."""
-    if window:
-        blocks = sliding_blocks(
-            network.logits, lambda *rows: chw(picture.rows(*rows)), picture.size, window, overlap
-        )
-    else:
-        image, box = picture.fitted(info.image_size, info.resize)
-        blocks = restored_strips(network.logits(chw(image)[None]), box)
-    ids = None
+def ids_of(work: Work, blocks: Iterable[tuple[int, int, Tensor]], size: Sequence[int]) -> np.ndarray:
+    """Class ids (H, W) of logits that come in blocks: (top, left, logits (num_classes, rows, columns))."""
+    threshold, ids = work.args.threshold, None
     for top, left, block in blocks:
-        found = decide(block[None])[0].cpu().numpy()
+        found = predicted_ids(block[None]) if threshold is None else above(block[None], threshold)
         if ids is None:
-            ids = np.empty(picture.size, found.dtype)
-        ids[top : top + found.shape[0], left : left + found.shape[1]] = found
-    return ids
+            ids = torch.empty(*size, dtype=found.dtype)
+        ids[top : top + found.shape[1], left : left + found.shape[2]] = found[0]
+    return ids.numpy()
 
 
 def above(logits: Tensor, threshold: float) -> Tensor:
@@ -392,46 +446,46 @@ def above(logits: Tensor, threshold: float) -> Tensor:
     return (logits.softmax(1)[:, 1] >= threshold).to(torch.uint8)
 
 
-def shares(ids: np.ndarray, class_names: Sequence[str]) -> dict[str, float]:
-    """Each class's share of the picture's pixels, by name."""
-    counts = torch.bincount(torch.from_numpy(ids).flatten(), minlength=len(class_names))
-    return {name: count / ids.size for name, count in zip(class_names, counts.tolist(), strict=True)}
+def count(work: Work, found: Found) -> None:
+    """Count the pixels of each class and, where the truth is given, compare with it.
+
+    Raises:
+        ValueError: the mask is no truth for this picture any more.
+    """
+    ids, step = torch.from_numpy(found.ids), max(1, STRIP // found.ids.shape[1])
+    counts = sum(torch.bincount(part.flatten(), minlength=work.classes) for part in ids.split(step))
+    found.shares = (counts / ids.numel()).tolist()
+    if work.truths:
+        found.matrix = ConfusionMatrix(work.classes, work.info.ignore_index)
+        with LargeMask(work.truths[found.index], work.encoding.as_colours) as truth:
+            for top, raw in truth.strips():
+                target = torch.from_numpy(work.encoding.encode(raw))
+                found.matrix.update(ids[top : top + len(raw)], target)
+        found.matrix.join()
 
 
-def score(
-    ids: np.ndarray, truth: Path, encoding: Encoding, info: Any, total: ConfusionMatrix
-) -> dict[str, float]:
-    """Count a prediction against its mask, in `total` and alone; the columns of scores.csv."""
-    own = ConfusionMatrix(len(info.class_names), info.ignore_index)
-    with mendable():
-        raw = read_mask(truth, encoding.as_colours)
-        target = np.concatenate([encoding.encode(raw[at : at + 2048]) for at in range(0, len(raw), 2048)])
-        if target.shape != ids.shape:
-            size, other = (" x ".join(map(str, found.shape)) for found in (target, ids))
-            raise ValueError(
-                f"{truth} is {size}, its picture {other}. Give truth the masks of these pictures"
-            )
-        own.update(torch.from_numpy(ids), torch.from_numpy(target))
-    total.merge(own)
-    scores = own.scores()
-    return {
-        "mean_iou": scores.mean_iou,
-        "mean_dice": scores.mean_dice,
-        "pixel_accuracy": scores.pixel_accuracy,
-    }
+def row_of(found: Found, class_names: Sequence[str]) -> dict[str, float]:
+    """The columns of summary.csv, and of scores.csv where there is a truth."""
+    row = dict(zip(class_names, found.shares, strict=True))
+    if found.matrix:
+        scores = found.matrix.scores()
+        row |= {name: getattr(scores, name) for name in SCORES}
+    return row
 
 
-def save(args: Args, info: Any, encoding: Encoding, name: str, found: Found) -> None:
-    """Write one picture's mask, and its overlay and probabilities where asked for."""
-    output = Path(args.output)
+def save(work: Work, found: Found) -> None:
+    """Write one picture's mask, and its overlay and probabilities where asked for; then forget them."""
+    info = work.info
 
     def place(folder: str, ending: str) -> Path:
-        path = output / folder / f"{name}{ending}"
+        path = Path(work.args.output) / folder / f"{work.names[found.index]}{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    mask = source_mask(found.ids, encoding) if args.encoding == "source" else None
-    mask = mask or visualize.mask_image(found.ids, info.palette)
+    if work.args.encoding == "source":
+        mask = source_mask(found.ids, work.encoding)
+    else:
+        mask = visualize.mask_image(found.ids, info.palette)
     write_image(place("masks", ".png"), mask, compress_level=1)
     if found.picture is not None:
         ids = resize_mask(found.ids, found.picture.shape[:2])
@@ -443,36 +497,32 @@ def save(args: Args, info: Any, encoding: Encoding, name: str, found: Found) -> 
             place("probabilities", ".npz"),
             lambda file: np.savez_compressed(file, probabilities=found.probabilities),
         )
+    found.image = found.picture = found.ids = found.probabilities = None
 
 
-def source_mask(ids: np.ndarray, encoding: Encoding, step: int = 2048) -> Image.Image:
+def source_mask(ids: np.ndarray, encoding: Encoding) -> Image.Image:
     """The mask in the training masks' own encoding, made in strips: a look-up takes 8 bytes a pixel."""
-    strips = (encoding.decode(ids[top : top + step]) for top in range(0, len(ids), step))
-    mask = next(strips)
-    if mask.height < len(ids):
+    step = max(1, STRIP // ids.shape[1])
+    mask = encoding.decode(ids[:step])
+    if len(ids) > step:
         first, mask = mask, Image.new(mask.mode, ids.shape[::-1])
         if first.mode == "P":
             mask.putpalette(first.getpalette())
-        mask.paste(first, (0, 0))
-        for number, strip in enumerate(strips, 1):
-            mask.paste(strip, (0, number * step))
+        for top in range(0, len(ids), step):
+            mask.paste(encoding.decode(ids[top : top + step]), (0, top))
     return mask
 
 
-def wait_for(saving: list[Future], keep: int) -> list[Future]:
-    """Wait for the oldest writes until `keep` are left, so that memory stays bounded and errors are seen.
+def wait_for(saved: Future) -> None:
+    """Wait until a picture is written.
 
     Raises:
         Fail: the disk is full or cannot be written.
     """
-    while len(saving) > keep:
-        try:
-            saving.pop(0).result()
-        except OSError as error:
-            raise Fail(
-                f"predictions cannot be written: {error}. What was written before is whole", 1
-            ) from error
-    return saving
+    try:
+        saved.result()
+    except OSError as error:
+        raise Fail(f"predictions cannot be written: {error}. What was written before is whole", 1) from error
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -502,10 +552,7 @@ def print_scores(
     output: Path, rows: list[dict[str, Any]], total: ConfusionMatrix, class_names: Sequence[str]
 ) -> None:
     """Write scores.csv, worst picture first, and print the table of the whole set."""
-    scored = [
-        {"picture": row["picture"], **{k: row[k] for k in ("mean_iou", "mean_dice", "pixel_accuracy")}}
-        for row in rows
-    ]
+    scored = [{"picture": row["picture"], **{name: row[name] for name in SCORES}} for row in rows]
     write_rows(output / "scores.csv", sorted(scored, key=lambda row: row["mean_iou"]))
     scores = total.scores()
     print(

@@ -13,24 +13,13 @@ from torch.utils.data import get_worker_info
 from .cache import open_cache
 from .labels import Encoding
 from .pairing import Pair
-from .reading import DataError, load_image, load_mask
-from .transforms import Augmentation, Box, fit, fit_mask, generator_for, place
+from .reading import DataError, load_mask, read_fitted
+from .transforms import Augmentation, Box, fit_mask, generator_for, place
 from .warp import apply_move
 
 VERSION = 1  # of cached samples; raise it when reading or fitting gives other bytes
 SHORT_WORK = 100_000  # pixels of a cached sample, counted twice where it is turned: up to here one thread is
 # faster than two, which wait for each other (for Python's lock) between operations of microseconds
-
-
-def read_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box]:
-    """A picture as the network sees it, uint8 (h, w, C), and where it lies; in training and prediction."""
-
-    def content(size: tuple[int, int]) -> tuple[int, int]:
-        box = place(size, tuple(image_size), resize)
-        return box.height, box.width
-
-    image, size, _ = load_image(path, in_channels, reduce_to=content)
-    return fit(image, image_size, resize, size)
 
 
 class SegmentationDataset:

@@ -1,8 +1,8 @@
-"""Pictures too large to be arrays at once: decoded by Pillow in its own memory, made arrays by strips.
+"""Pictures and masks too large to be arrays at once: decoded in Pillow's own memory, made arrays by strips.
 
-Rows are those of `reading.read_image` to the bit, since converting treats each pixel alone. So are resized
-pictures where Pillow's own can be resized; else, being resized along rows first and then along columns, they
-may differ by the rounding between the two.
+Rows are those of `reading.read_image` and `read_mask` to the bit, since converting treats each pixel alone.
+So are resized pictures where Pillow's own can be resized; else, being resized along rows first and then along
+columns, they may differ by the rounding between the two.
 """
 
 from collections.abc import Iterator
@@ -12,11 +12,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .folder import read_fitted
-from .reading import MAX_PIXELS, DataError, _npy, _open, _orientation, _to_channels, load_image
+from .reading import (
+    MAX_PIXELS,
+    DataError,
+    _mask_values,
+    _npy,
+    _open,
+    _orientation,
+    _to_channels,
+    read_fitted,
+    read_image,
+    read_mask,
+)
 from .transforms import Box, fit, place, resize_image
 
 STEP = 64  # rows that are converted at a time
+STRIP = 2**22  # pixels of a strip
 TURNS = {  # EXIF orientation: how the picture is turned to stand upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,18 +39,17 @@ TURNS = {  # EXIF orientation: how the picture is turned to stand upright
 }
 
 
-def count_pixels(path, max_pixels: int = MAX_PIXELS) -> int:
-    """Height times width of a picture, from the file's head alone.
+def picture_size(path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of a picture, EXIF applied, from the file's head alone.
 
     Raises:
         DataError: unreadable or too large; the message names the file.
     """
     with _naming(path):
         if Path(path).suffix.lower() == ".npy":
-            height, width = _npy(Path(path), max_pixels, None).shape[:2]
-            return height * width
+            return _npy(Path(path), max_pixels, None).shape[:2]
         with _open(Path(path), max_pixels, None) as picture:
-            return picture.height * picture.width
+            return picture.size if _orientation(picture) >= 5 else picture.size[::-1]
 
 
 class LargePicture:
@@ -72,7 +82,7 @@ class LargePicture:
                 self._picture = _open(self.path, self.max_pixels, None)
                 pages = 1 if self._picture.format == "MPO" else getattr(self._picture, "n_frames", 1)
             if self._picture is None or pages > 1:
-                self._array = load_image(self.path, self.in_channels, None, self.max_pixels)[0]
+                self._array = self._whole()
                 self.size = self._array.shape[:2]
             else:
                 if self._picture.format == "TIFF":
@@ -91,11 +101,21 @@ class LargePicture:
         if self._array is not None:
             return self._array[top:bottom]
         with _naming(self.path):
-            found = np.empty((bottom - top, self.size[1], self.in_channels), np.uint8)
-            for first in range(top, bottom, STEP):
-                last = min(bottom, first + STEP)
-                found[first - top : last - top] = _to_channels(self._cut(first, last), self.in_channels)
-            return found
+            steps = range(top, bottom, STEP)
+            return np.concatenate([self._convert(self._cut(at, min(bottom, at + STEP))) for at in steps])
+
+    def strips(self) -> Iterator[tuple[int, np.ndarray]]:
+        """All rows from top to bottom: (top, rows), so many that their arrays stay small."""
+        height, width = self.size
+        step = max(1, STRIP // width)
+        for top in range(0, height, step):
+            yield top, self.rows(top, min(height, top + step))
+
+    def _whole(self) -> np.ndarray:
+        return read_image(self.path, self.in_channels, max_pixels=self.max_pixels)
+
+    def _convert(self, part: Image.Image) -> np.ndarray:
+        return _to_channels(part, self.in_channels)
 
     def _cut(self, top: int, bottom: int) -> Image.Image:
         height, width = self.size
@@ -113,7 +133,7 @@ class LargePicture:
         return plain and (self._picture.mode, self.in_channels) in (("RGB", 3), ("L", 1), ("L", 3))
 
     def fitted(self, image_size, resize: str) -> tuple[np.ndarray, Box]:
-        """As `folder.read_fitted` gives it: uint8 (h, w, C), and where the picture lies in it."""
+        """As `reading.read_fitted` gives it: uint8 (h, w, C), and where the picture lies in it."""
         if self._picture is not None and self._picture.format in ("JPEG", "MPO"):  # decoded smaller
             return read_fitted(self.path, self.in_channels, image_size, resize)
         box, height = place(self.size, tuple(image_size), resize), self.size[0]
@@ -133,6 +153,26 @@ class LargePicture:
         strips = (self.rows(top, min(self.size[0], top + step)) for top in range(0, self.size[0], step))
         reduced = [np.asarray(Image.fromarray(strip[..., bands]).reduce(factor)) for strip in strips]
         return np.concatenate(reduced)
+
+
+class LargeMask(LargePicture):
+    """A mask likewise: `rows` gives raw values as `reading.read_mask` does, of one byte a pixel mostly.
+
+    Args:
+        path: the file.
+        as_colours: read a palette mask as the colours its palette names, not as its indices.
+        max_pixels: larger masks are refused.
+    """
+
+    def __init__(self, path, as_colours: bool = False, max_pixels: int = MAX_PIXELS):
+        super().__init__(path, 0, max_pixels)
+        self.as_colours = as_colours
+
+    def _whole(self) -> np.ndarray:
+        return read_mask(self.path, self.as_colours, self.max_pixels)
+
+    def _convert(self, part: Image.Image) -> np.ndarray:
+        return _mask_values(part, self.as_colours)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from .transforms import Box, fit, place
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy")
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # decoders that a file may reach, whatever its name says
 MAX_PIXELS = 2**30  # 32,768 x 32,768; above it a file is more likely an attack or an accident than a picture
@@ -130,6 +132,22 @@ def load_image(
         raise DataError(
             f"{path}: cannot be read ({error}). Save it again, or remove it with its pair."
         ) from error
+
+
+def read_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box]:
+    """A picture as the network sees it, uint8 (h, w, C), and where it lies; in training and prediction."""
+    return load_fitted(path, in_channels, image_size, resize)[:2]
+
+
+def load_fitted(path, in_channels: int, image_size, resize: str):
+    """As `read_fitted`, and the picture as it was decoded, a JPEG perhaps smaller than it is."""
+
+    def content(size: tuple[int, int]) -> tuple[int, int]:
+        box = place(size, tuple(image_size), resize)
+        return box.height, box.width
+
+    picture, size, _ = load_image(path, in_channels, reduce_to=content)
+    return *fit(picture, image_size, resize, size), picture
 
 
 def read_mask(path, as_colours: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:

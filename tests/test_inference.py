@@ -8,6 +8,7 @@ from torch import nn
 from datasets.transforms import Box
 from models import MODELS, build_model
 from utils.inference import Network, fold_batch_norm, normalize, restore, restored_strips, sliding_blocks
+from utils.winograd import FEWEST_CHANNELS, WinogradConv2d, use_winograd
 
 SMALL = {"unet": {"base_channels": 4}, "segnet": {"base_channels": 4}, "fcn": {"backbone": "vgg11_bn"}}
 SMALL |= {name: {"backbone": "resnet18"} for name in ("deeplabv3plus", "pspnet")}
@@ -134,3 +135,41 @@ def test_flip_averaging_is_symmetric_and_equals_the_plain_way_for_a_symmetric_pi
 def test_multiscale_averaging_keeps_the_size():
     network = Network(small_model("unet"), mean=[0.5] * 3, std=[0.2] * 3, tta="multiscale", **CPU)
     assert network.logits(torch.zeros(2, 3, 37, 53, dtype=torch.uint8)).shape == (2, 3, 37, 53)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("size", [(1, 5), (4, 4), (7, 9), (16, 12)])
+def test_winograd_convolves(rows, dilation, size):
+    conv = nn.Conv2d(8, 6, 3, padding=dilation, dilation=dilation, bias=size != (4, 4)).double()
+    x = torch.randn(2, 8, *size).double().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(WinogradConv2d(conv, rows)(x), conv(x), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_network_by_winograd_gives_the_logits_of_the_model(precision):
+    torch.manual_seed(0)
+    model = build_model("unet", 3, base_channels=32).eval()
+    network = Network(model, mean=[0.5] * 3, std=[0.2] * 3, device=torch.device("cpu"), precision=precision)
+    pictures = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model(normalize(pictures, [0.5] * 3, [0.2] * 3))
+    error = (network.logits(pictures) - expected).norm() / expected.norm()
+    assert error < (1e-5 if precision == torch.float32 else 3e-2)
+    assert any(isinstance(module, WinogradConv2d) for module in network.model.modules())
+
+
+def test_only_convolutions_that_it_can_replace_go_by_winograd():
+    many, few = FEWEST_CHANNELS, FEWEST_CHANNELS // 2
+    model = nn.Sequential(
+        nn.Conv2d(many, many, 3, padding=1),
+        nn.Conv2d(many, many, 3, padding=2, dilation=2),
+        nn.Conv2d(many, few, 3, padding=1),
+        nn.Conv2d(many, many, 3),
+        nn.Conv2d(many, many, 3, stride=2, padding=1),
+        nn.Conv2d(many, many, 3, padding=1, groups=many),
+        nn.Conv2d(many, many, 1),
+    )
+    use_winograd(model, rows=4)
+    assert [isinstance(layer, WinogradConv2d) for layer in model] == [True] * 2 + [False] * 5

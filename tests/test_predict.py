@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from models import MODELS, build_model, load_model
 from predict import Args
 from utils.cli import Fail, parse
 from utils.export import PooledByProducts, export
-from utils.inference import Network, normalize
+from utils.inference import normalize
 
 ROOT = Path(__file__).parent.parent
 
@@ -205,18 +207,17 @@ def test_windows_and_augmented_predictions_cover_every_picture(args, data, tmp_p
 
 
 @pytest.mark.parametrize("training", [{}, {"resize": "letterbox"}, {"resize": "crop"}])
-def test_a_picture_taken_strip_by_strip_has_the_mask_of_the_usual_way(args, data, tmp_path, training):
+def test_a_picture_taken_strip_by_strip_has_the_mask_and_overlay_of_the_usual_way(args, tmp_path, training):
     given = args({"amp": "off", "epochs": 3, "learning_rate": 0.01, **training})
     predict.main(given)
-    model = load_model(given.weights)
-    window = predict.window_of(model.info, None)
-    network = Network(
-        model, mean=model.info.mean, std=model.info.std, device=torch.device("cpu"), precision=torch.float32
-    )
-    for path in (data / "val" / "images").iterdir():
-        with LargePicture(path, 3) as picture:
-            ids = predict.large_ids(network, picture, predicted_ids, model.info, window, 0.25)
-        assert np.array_equal(ids, np.array(Image.open(tmp_path / "out" / "masks" / path.name)))
+    work = predict.prepare(replace(given, output=str(tmp_path / "strips")), Path(given.weights))
+    with ThreadPoolExecutor(1) as writers:
+        for index in range(len(work.files)):
+            predict.predict_large(work, writers, index)
+    written = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png")]
+    assert len(written) == 6
+    for name in written:
+        assert (tmp_path / "strips" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def turned_picture(path, mode, turn):
@@ -352,11 +353,12 @@ def test_wrong_input_is_refused_and_nothing_is_written(args, tmp_path, changes, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truth_of_another_size_is_refused_by_its_name(args, data):
+def test_a_truth_of_another_size_is_refused_by_its_name_and_nothing_is_written(args, data, tmp_path):
     given = args(truth=str(data / "val" / "masks"))
     Image.new("L", (20, 30)).save(data / "val" / "masks" / "p1.png")
-    with pytest.raises(Fail, match="p1.png is 30 x 20, its picture 40 x 64"):
+    with pytest.raises(Fail, match=r"p1.png \| is 30 x 20, its picture 40 x 64"):
         predict.main(given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_threshold_is_refused_for_more_than_two_classes(args):
@@ -445,7 +447,8 @@ def test_a_written_mask_reads_back_as_the_ids_of_the_network(tmp_path, num_class
     logits = torch.randn(1, num_classes, 24, 40)
     info = SimpleNamespace(palette=[[0, 0, 0]] * num_classes)
     ids = predicted_ids(logits)[0].numpy()
-    predict.save(Args(output=str(tmp_path)), info, None, "a", predict.Found(ids=ids))
+    work = predict.Work(Args(output=str(tmp_path)), info, None, None, [Path("a.jpg")], ["a"], [])
+    predict.save(work, predict.Found(0, ids=ids))
     assert np.array_equal(np.array(Image.open(tmp_path / "masks" / "a.png")), logits.argmax(1)[0].numpy())
 
 
