@@ -4,7 +4,8 @@ Edit the values here, or give any of them as a flag: `python train.py --model ps
 The defaults train on the small data set in `mock_data/`; the remarks say what to use on real pictures.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,13 +143,37 @@ class Config:
         """Bring `image_size` to (height, width) and refuse what cannot be, naming field, value and remedy."""
         if isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in ("class_names", "class_colors"):  # the default ones go with the default number of classes
-            if getattr(self, name) == defaults[name] and self.num_classes != defaults["num_classes"]:
-                object.__setattr__(self, name, None)
+        if self.num_classes != type(self).num_classes:  # the default names go with the default number
+            for name in ("class_names", "class_colors"):
+                if getattr(self, name) == getattr(type(self), name):
+                    object.__setattr__(self, name, None)
         self._check_ranges()
         self._check_lengths()
         self._check_pairs()
+
+    def refuse_missing(self) -> None:
+        """Refuse a data folder, a run or a file of weights that is not there, before anything slow is done.
+
+        Raises:
+            FileNotFoundError: naming the setting, the path and the remedy.
+        """
+        if self.resume:
+            known = self.resume == "auto" or Path(self.resume).exists()
+            if not known:
+                raise FileNotFoundError(
+                    f"no run at {self.resume}. Give resume an existing run, or leave it out"
+                )
+            return
+        if not Path(self.data_root).expanduser().is_dir():
+            raise FileNotFoundError(
+                f"data_root {self.data_root} is not a folder. Give the folder that holds train/ and val/"
+            )
+        for name in ("init_from", "pretrained"):
+            path = getattr(self, name)
+            if path not in (None, "none", "imagenet") and not Path(path).is_file():
+                raise FileNotFoundError(
+                    f"no file of weights at {path}. Give {name} the path of an existing file"
+                )
 
     def pick(self, *names: str) -> dict[str, Any]:
         """Some settings by name, to hand on as keyword arguments."""
@@ -162,7 +187,7 @@ class Config:
     @property
     def backbone_name(self) -> str | None:
         """The backbone that will be built; None where the model has no choice of one."""
-        return self.backbone or BACKBONES.get(self.model, (None, None))[1]
+        return (self.backbone or BACKBONES[self.model][1]) if self.model in BACKBONES else None
 
     @property
     def ce_form(self) -> str | None:
@@ -183,7 +208,7 @@ class Config:
             "pspnet": {"output_stride": self.output_stride or 8, "aux": self.aux_weight > 0},
             "fcn": {"variant": self.fcn_variant},
             "segnet": {"base_channels": self.base_channels},
-        }[self.model]
+        }.get(self.model, {})
         if self.backbone_name:
             options = {"backbone": self.backbone_name, **options}
         return options if self.dropout is None else {**options, "dropout": self.dropout}
@@ -205,30 +230,25 @@ class Config:
         return {**asdict(self), "resume": None}
 
     def _check_ranges(self) -> None:
-        ranges = {  # field: (lowest, highest)
-            **{name: (0.0, 1.0) for name in ("hflip", "vflip", "color_jitter", "dropout", "dice_weight")},
-            **{name: (0.0, 0.999999) for name in ("momentum", "ema_decay")},
-            **{
-                name: (1, None)
-                for name in ("in_channels", "base_channels", "epochs", "batch_size", "accumulate")
-            },
-            **{name: (1, None) for name in ("val_every", "step_size")},
-            **{name: (0, None) for name in ("warmup_steps", "plateau_patience", "early_stop", "num_workers")},
-            **{name: (0.0, None) for name in ("aux_weight", "focal_gamma", "weight_decay", "poly_power")},
-            **{name: (0.0, None) for name in ("clip_grad", "save_every_minutes", "backbone_lr_scale")},
-            "num_classes": (2, 65535),
-            "learning_rate": (1e-12, None),
-            "rotate": (0.0, 180.0),
-            "step_gamma": (1e-6, 1.0),
-            "plateau_factor": (1e-6, 0.999999),
-            "seed": (0, 2**63 - 1),
-            "ignore_index": (-(2**31), 2**31 - 1),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not ((low is None or value >= low) and (high is None or value <= high)):
-                wanted = f"{low} or more" if high is None else f"{low} to {high}"
-                raise ValueError(f"{name} must be {wanted}; got {value}")
+        ranges = (  # lowest and highest value, fields
+            (0, 1, "hflip vflip color_jitter dropout dice_weight"),
+            (0, 0.999999, "momentum ema_decay"),
+            (0, inf, "warmup_steps plateau_patience early_stop num_workers save_every_minutes"),
+            (0, inf, "aux_weight focal_gamma weight_decay clip_grad"),
+            (1, inf, "in_channels base_channels epochs batch_size accumulate val_every step_size"),
+            (1e-12, inf, "learning_rate backbone_lr_scale poly_power"),
+            (1e-6, 1, "step_gamma"),
+            (1e-6, 0.999999, "plateau_factor"),
+            (0, 180, "rotate"),
+            (2, 32768, "num_classes"),  # predicted ids are int16 above 256 of them
+            (0, 2**63 - 1, "seed"),
+            (-(2**31), 2**31 - 1, "ignore_index"),
+        )
+        for low, high, names in ranges:
+            for name, value in self.pick(*names.split()).items():
+                if value is not None and not low <= value <= high:
+                    wanted = f"{low} or more" if high == inf else f"{low} to {high}"
+                    raise ValueError(f"{name} must be {wanted}; got {value}")
         if min(self.image_size) < 32:
             raise ValueError(
                 f"image_size must be 32 pixels or more a side; got {self.image_size}. Give height and width"
@@ -240,21 +260,18 @@ class Config:
             )
 
     def _check_lengths(self) -> None:
-        for name in ("class_names", "class_colors", "class_weights"):
-            value = getattr(self, name)
-            if value is not None and value != "auto" and len(value) != self.num_classes:
+        names, colors, weights = self.class_names, self.class_colors, self.class_weights
+        for name, value in self.pick("class_names", "class_colors", "class_weights").items():
+            if value not in (None, "auto") and len(value) != self.num_classes:
                 raise ValueError(
                     f"{name} must have one entry for each of the {self.num_classes} classes (num_classes); "
-                    f"got {len(value)}. Change it or num_classes" + (", or leave it out (None)")
+                    f"got {len(value)}. Change it or num_classes, or leave it out (None)"
                 )
-        if self.class_names and len(set(self.class_names)) < self.num_classes:
-            raise ValueError(f"class_names must differ from each other; got {', '.join(self.class_names)}")
-        if self.class_colors and not all(0 <= v <= 255 for color in self.class_colors for v in color):
-            raise ValueError(
-                "class_colors must be red, green, blue of 0 to 255; got " + str(self.class_colors)
-            )
-        weights = self.class_weights
-        if isinstance(weights, tuple) and not (all(w >= 0 for w in weights) and sum(weights) > 0):
+        if names and len(set(names)) < len(names):
+            raise ValueError(f"class_names must differ from each other; got {', '.join(names)}")
+        if colors and not all(0 <= value <= 255 for color in colors for value in color):
+            raise ValueError(f"class_colors must be red, green, blue of 0 to 255; got {colors}")
+        if isinstance(weights, tuple) and not (min(weights) >= 0 and sum(weights) > 0):
             raise ValueError(f"class_weights must not be negative, and not all 0; got {weights}")
         if 0 <= self.ignore_index < self.num_classes:
             raise ValueError(
@@ -263,50 +280,35 @@ class Config:
             )
 
     def _check_pairs(self) -> None:
-        """Refuse a changed setting that the chosen model, loss or schedule does not have."""
-        applies = {  # field: (does it apply, what it belongs to)
-            "backbone": (self.model in BACKBONES, "deeplabv3plus, pspnet and fcn"),
-            "output_stride": (self.model in ("deeplabv3plus", "pspnet"), "deeplabv3plus and pspnet"),
-            "separable": (self.model == "deeplabv3plus", "deeplabv3plus"),
-            "fcn_variant": (self.model == "fcn", "fcn"),
-            "base_channels": (self.model in ("unet", "segnet"), "unet and segnet"),
-            "bilinear": (self.model == "unet", "unet"),
-            "aux_weight": (self.model == "pspnet", "pspnet"),
-            "pretrained": (
-                self.model != "unet",
-                "models with a backbone: deeplabv3plus, pspnet, fcn, segnet",
-            ),
-            "freeze_backbone": (
-                self.model != "unet",
-                "models with a backbone: deeplabv3plus, pspnet, fcn, segnet",
-            ),
-            "backbone_lr_scale": (
-                self.model != "unet",
-                "models with a backbone: deeplabv3plus, pspnet, fcn, segnet",
-            ),
-            "joint_ce": (self.loss == "joint", "loss joint"),
-            "dice_weight": (self.loss == "joint", "loss joint"),
-            "focal_gamma": (self.ce_form == "focal", "focal loss, alone or as joint_ce"),
-            "class_weights": (
-                self.ce_form in ("weighted_ce", "focal"),
-                "weighted_ce and focal, alone or as joint_ce",
-            ),
-            "momentum": (self.optimizer in ("sgd", "rmsprop"), "optimizer sgd and rmsprop"),
-            "step_size": (self.scheduler == "step", "scheduler step"),
-            "step_gamma": (self.scheduler == "step", "scheduler step"),
-            "poly_power": (self.scheduler == "poly", "scheduler poly"),
-            "plateau_factor": (self.scheduler == "plateau", "scheduler plateau"),
-            "plateau_patience": (self.scheduler == "plateau", "scheduler plateau"),
-        }
-        defaults = {field.name: field.default for field in fields(self)}
-        for name, (does, owner) in applies.items():
-            value = getattr(self, name)
-            if value != defaults[name] and not does:
-                raise ValueError(
-                    f"{name} belongs to {owner}; got {value} with model {self.model}, loss {self.loss}, "
-                    f"optimizer {self.optimizer}, scheduler {self.scheduler}. Leave it at {defaults[name]}"
-                )
-        choices = BACKBONES.get(self.model, ((), None))[0]
+        """Refuse changed settings that the chosen model, loss, optimizer or schedule does not have."""
+        chosen = self.pick("model", "loss", "optimizer", "scheduler")
+        chosen["loss or joint_ce"] = self.ce_form or self.loss
+        belongs = (  # fields, the choice that decides whether they apply, its values that have them
+            ("backbone", "model", "deeplabv3plus, pspnet, fcn"),
+            ("pretrained freeze_backbone backbone_lr_scale", "model", "deeplabv3plus, pspnet, fcn, segnet"),
+            ("output_stride", "model", "deeplabv3plus, pspnet"),
+            ("separable", "model", "deeplabv3plus"),
+            ("fcn_variant", "model", "fcn"),
+            ("base_channels", "model", "unet, segnet"),
+            ("bilinear", "model", "unet"),
+            ("aux_weight", "model", "pspnet"),
+            ("joint_ce dice_weight", "loss", "joint"),
+            ("focal_gamma", "loss or joint_ce", "focal"),
+            ("class_weights", "loss or joint_ce", "weighted_ce, focal"),
+            ("momentum", "optimizer", "sgd, rmsprop"),
+            ("step_size step_gamma", "scheduler", "step"),
+            ("poly_power", "scheduler", "poly"),
+            ("plateau_factor plateau_patience", "scheduler", "plateau"),
+        )
+        for names, choice, owners in belongs:
+            for name, value in self.pick(*names.split()).items():
+                default = getattr(type(self), name)
+                if value != default and chosen[choice] not in owners.split(", "):
+                    raise ValueError(
+                        f"{name} belongs to {owners} ({choice}); got {value} with {chosen[choice]}. "
+                        f"Leave it at {default}"
+                    )
+        choices = BACKBONES[self.model][0] if self.model in BACKBONES else (self.backbone,)
         if self.backbone is not None and self.backbone not in choices:
             raise ValueError(
                 f"backbone of {self.model} must be one of {', '.join(choices)}; got {self.backbone!r}"

@@ -5,14 +5,28 @@ import sys
 from config import Config
 from utils.cli import Fail, Parsed, end_with, mendable, parse, resumed_settings
 
+
+def read_flags() -> Parsed:
+    """The settings, with what they name looked for.
+
+    Raises:
+        Fail: a wrong flag or value, or a file or folder that is not there.
+    """
+    parsed = parse(Config, sys.argv[1:], __doc__)
+    with mendable():
+        parsed.settings.refuse_missing()
+    return parsed
+
+
 PARSED: Parsed | None = None
-if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
-    PARSED = end_with(lambda: parse(Config, sys.argv[1:], __doc__))
+if __name__ == "__main__":  # before torch is imported, so that --help and wrong settings are answered at once
+    PARSED = end_with(read_flags)
 
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets import DataReport, check_data
+from datasets import DataError, DataReport, check_data
 from datasets.folder import SegmentationDataset
 from datasets.sampling import Loader, epoch_batches, evaluation_shard
 from datasets.transforms import Augmentation, mean_std
@@ -44,6 +58,8 @@ from utils.checkpoint import (
 from utils.device import (
     autocast,
     describe_device,
+    is_busy,
+    is_out_of_memory,
     keep_freed_memory,
     peak_memory,
     pick_device,
@@ -53,7 +69,7 @@ from utils.distributed import ONE_PROCESS, Processes
 from utils.ema import Ema
 from utils.inference import Network, normalize, picture_logits, restore
 from utils.optim import Schedule, build_optimizer, build_schedule
-from utils.run import END_MARK, Clock, StopSignal, class_table, format_score, score_columns
+from utils.run import END_MARK, Clock, StopSignal, class_table, format_score, format_time, score_columns
 
 FREE = ("num_workers", "device", "cache", "cache_dir", "save_every_minutes")  # settings that change no result
 SHOWN = 4  # pictures in a panel of samples/ and in the report
@@ -113,7 +129,7 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
         Fail: with the exit code, for all that the user can mend and for what stopped the work.
     """
     keep_freed_memory()
-    processes, saved = distributed.read_processes(), None
+    processes, saved, folder = distributed.read_processes(), None, None
     with mendable():
         run_files.try_output(Path(config.output_dir))
         if config.resume:
@@ -136,34 +152,49 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
     print(report.describe(), flush=True)
     if config.check:
         return Path(config.data_root)
-    distributed.join(processes, device)
-    with mendable():
-        run = build(config, report, device, precision, model, processes)
-        if saved is None and processes.is_main:
-            run.folder = run_files.create_run(Path(config.output_dir), config.run_name, config.model)
-        elif saved is not None:
-            run.folder = folder
-            restore_state(run, saved)
-        run.folder = distributed.told_by_main(run.folder)
     try:
-        with run.stop:
+        distributed.join(processes, device)
+        with mendable():
+            run = build(config, report, device, precision, model, processes)
+            if saved is None and processes.is_main:
+                run.folder = run_files.create_run(Path(config.output_dir), config.run_name, config.model)
+            elif saved is not None:
+                run.folder = folder
+                restore_state(run, saved)
+            folder = run.folder = distributed.told_by_main(run.folder)
+        with run.stop, closing(run.loader):
             start(run)
             train(run)
-    except OSError as error:
-        raise Fail(
-            f"{run.folder} cannot be written: {error}. Make room, then --resume {run.folder}", 1
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise Fail(
-            f"out of memory on {run.device}, with a peak of {peak_memory(run.device) / 2**30:.1f} GiB. "
-            "Try accumulate 2, a smaller batch_size, image_size or base_channels, or amp bf16; "
-            f"{run.folder} can be resumed",
-            1,
-        ) from error
-    finally:
-        run.loader.close()
+    except (DataError, OSError, RuntimeError, MemoryError) as error:
+        told = what_happened(error, config, device, folder)
+        if told is None:
+            raise
+        raise Fail(told, 1) from error
     distributed.leave()
-    return run.folder
+    return folder
+
+
+def what_happened(error: Exception, config: Config, device: torch.device, folder: Path | None) -> str | None:
+    """What to tell the user of an error that ended a run; None where it is a fault of this program."""
+    saved = folder is not None and os.path.exists(folder / "last.pt")
+    go_on = f"go on with --resume {folder}" if saved else "start again: nothing was saved yet"
+    first_line = str(error).split("\n")[0]
+    if is_out_of_memory(error):
+        parts = [n for n in range(config.accumulate + 1, config.batch_size + 1) if config.batch_size % n == 0]
+        less = [f"accumulate {n}" for n in parts[:1]] + ["amp bf16"] * (config.amp == "off")
+        width = "backbone" if config.backbone_name else "base_channels"
+        less += [f"a smaller batch_size, image_size or {width}"]
+        weights = f" (from these weights: --init_from {folder / 'last.pt'})" if saved else ""
+        return (
+            f"out of memory on {device}, with a peak of {peak_memory(device) / 2**30:.1f} GiB. "
+            f"Free some, then {go_on}; or start anew{weights} with {', '.join(less)}"
+        )
+    if distributed.is_lost(error):
+        reason = first_line.split("] ", 1)[-1].split(". ")[0]  # without gloo's file and its good wishes
+        return f"another process of this run has ended: {reason}. Mend what ended it, then {go_on}"
+    if "DataLoader worker" in first_line:
+        return f"{first_line}. Where memory ran out, take fewer num_workers; then {go_on}"
+    return f"{error}. Mend that, then {go_on}" if isinstance(error, (DataError, OSError)) else None
 
 
 def build_network(config: Config, fresh: bool) -> nn.Module:
@@ -199,6 +230,8 @@ def build(
     """
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, at its first use
     if device.type == "cuda" and precision != torch.float32:
         torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
     train_set, val_set = build_datasets(config, report, processes)
@@ -257,6 +290,7 @@ def build(
         palette=[
             list(color) for color in config.class_colors or visualize.default_palette(config.num_classes)
         ],
+        stop=StopSignal(quiet=not processes.is_main),
     )
 
 
@@ -295,7 +329,7 @@ def class_weights(config: Config, report: DataReport) -> list[float] | None:
 def progress_bar(
     iterable: Iterable[Any] | None = None, total: int | None = None, description: str = "", unit: str = "img"
 ) -> tqdm:
-    """A bar on a terminal; silent elsewhere."""
+    """A bar on a terminal, of the main process alone; silent elsewhere."""
     return tqdm(
         iterable,
         description,
@@ -303,7 +337,7 @@ def progress_bar(
         leave=False,
         unit=unit,
         dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
+        disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0",
     )
 
 
@@ -313,15 +347,18 @@ def start(run: Run) -> None:
     if not run.processes.is_main:
         return
     sweep(run.folder)
+    if (run.folder / END_MARK).exists():  # a finished run that was given more epochs
+        (run.folder / END_MARK).unlink()
+        save_last(run)
     write_json(run.folder / "config.json", config.saved | {"versions": run_files.versions()})
     (run.folder / "samples").mkdir(exist_ok=True)
-    keys = [(0, index) for index in range(min(2 * SHOWN, len(run.train_set)))]
+    keys = [(0, index) for index in spread(len(run.train_set), 2 * SHOWN)]
     images, masks = run.train_set.batch(keys)
     panel = visualize.augmented_panel(
         hwc(images), masks.numpy(), config.names, run.palette, config.ignore_index
     )
     write_image(run.folder / "samples" / "augmented.png", panel)
-    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
     options = [f"{name} {value}" for name, value in config.model_options.items()]
     loss = [f"{name} {value}" for name, value in config.loss_options.items()]
     height, width = config.image_size
@@ -330,15 +367,22 @@ def start(run: Run) -> None:
         "classes": f"{config.num_classes}: {', '.join(config.names)}",
         "picture": f"{height} x {width}, {config.resize}, {config.in_channels} channels",
         "model": f"{config.model} ({', '.join(options)})",
-        "size": f"{parameters / 1e6:.2f} M parameters, {multiply_adds(run) / 1e9:.2f} G multiply-adds",
+        "size": f"{parameters:.2f} M parameters, {multiply_adds(run) / 1e6:,.0f} M multiply-adds a picture",
         "loss": ", ".join([config.loss, *loss]),
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g}, batch {config.batch_size}",
         "schedule": f"{config.scheduler}, {config.epochs} epochs of {run.schedule.steps_per_epoch} steps, "
-        f"{run.schedule.warmup_steps} of them to warm up",
-        "device": f"{describe_device(run.device)}, {str(run.precision).removeprefix('torch.')}",
+        f"{run.schedule.warmup_steps} steps to warm up",
+        "device": f"{describe_device(run.device)}, {str(run.precision).removeprefix('torch.')}"
+        + (f", {run.processes.world_size} processes" if run.processes.world_size > 1 else ""),
         "folder": str(run.folder),
     }
     print("\n".join(f"{name:<10} {text}" for name, text in rows.items()), flush=True)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` of `total` indices, evenly apart: neighbours are often frames of one video."""
+    count = min(count, total)
+    return [total * place // count for place in range(count)]
 
 
 def multiply_adds(run: Run) -> float:
@@ -356,21 +400,18 @@ def multiply_adds(run: Run) -> float:
 def train(run: Run) -> None:
     """All epochs that are left, then the report."""
     config, progress = run.config, run.progress
-    while progress.epoch < config.epochs and not (
-        config.early_stop and progress.stalled >= config.early_stop
-    ):
+    while not is_over(run):
         number = progress.epoch + 1
         print(f"Epoch {number}/{config.epochs}", flush=True)
         started = time.perf_counter()
-        train_one_epoch(run)
+        pictures = train_one_epoch(run)
         row = {
             "epoch": number,
             "steps": run.schedule.position,
-            "learning_rate": run.schedule.plan()[run.schedule.position - 1],
+            "learning_rate": run.schedule.rate(run.schedule.position - 1),
             **{f"train_{name}": value / len(run.train_set) for name, value in progress.sums.items()},
         }
-        seconds = time.perf_counter() - started
-        row["images_per_second"] = len(run.train_set) / seconds
+        row["images_per_second"] = pictures / (time.perf_counter() - started)
         found = None
         if number % config.val_every == 0 or number == config.epochs:
             with run.clock.to("validation"):
@@ -383,8 +424,18 @@ def train(run: Run) -> None:
     finish(run)
 
 
-def train_one_epoch(run: Run) -> None:
+def is_over(run: Run) -> bool:
+    """Whether all epochs are done, or the score has not risen for too long."""
+    config, progress = run.config, run.progress
+    stalled = bool(config.early_stop) and progress.stalled >= config.early_stop
+    return stalled or progress.epoch >= config.epochs
+
+
+def train_one_epoch(run: Run) -> int:
     """The steps of the present epoch that are left; each term's sum over pictures goes to `progress.sums`.
+
+    Returns:
+        How many pictures they had.
 
     Raises:
         Fail: a signal came (after saving), or the loss is not finite.
@@ -400,10 +451,11 @@ def train_one_epoch(run: Run) -> None:
     set_train_mode(run)
     loader = iter(run.loader.epoch(batches, epoch, progress.step))
     with progress_bar(total=len(run.train_set), description=f"Epoch {epoch + 1}") as bar:
-        bar.update(sum(sizes[: progress.step]))
+        done = bar.n = bar.initial = sum(sizes[: progress.step])
         for step in range(progress.step, len(batches)):
-            with run.clock.to("data"):
-                images, masks, _ = next(loader)
+            waiting = time.perf_counter()
+            images, masks, _ = next(loader)
+            run.clock.add("step" if is_busy(run.device) else "data", waiting)  # a busy GPU waits for nothing
             with run.clock.to("step"):
                 terms = train_step(run, images, masks, epoch, step)
                 for name, value in terms.items():
@@ -416,17 +468,35 @@ def train_one_epoch(run: Run) -> None:
                     loss = float(sums["loss"]) / sum(sizes[: step + 1])
                     bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
                     shown_at = time.monotonic()
+                    estimate_time(run, epoch_over=step + 1 == len(batches))
             bar.update(sizes[step])
             progress.step = step + 1
             minutes = (time.monotonic() - run.saved_at) / 60
             late = bool(config.save_every_minutes) and minutes > config.save_every_minutes
-            run.stop.number, late = distributed.largest([run.stop.number, late])
-            if run.stop.number or late:
+            signaled, late = distributed.largest([run.stop.number, late])
+            if signaled or late:
                 refuse_non_finite(run, int(bad_step), batches)
                 progress.sums = over_processes(run, sums)
                 save_last(run)
-                leave_if_stopped(run)
+                leave_if_stopped(run, signaled)
     progress.sums = over_processes(run, sums)
+    return sum(sizes) - done
+
+
+def estimate_time(run: Run, epoch_over: bool) -> None:
+    """Say once how long the run's steps will take: after ten of them, or 20 seconds, or an epoch."""
+    steps, seconds = run.clock.since_first(run.schedule.position)
+    enough = epoch_over or seconds > 20 or (steps >= 10 and seconds > 2)
+    if run.clock.told or not steps or not enough:
+        return
+    run.clock.told = True
+    all_steps = run.schedule.total_steps - run.schedule.position + steps
+    tqdm.write(
+        f"{'time':<10} about {format_time(seconds / steps * all_steps)} of steps for "
+        f"{run.config.epochs - run.progress.epoch} epochs, by the pace of {steps} steps; "
+        f"validation comes on top{run.clock.advice()}",
+        file=sys.stdout,
+    )
 
 
 def over_processes(run: Run, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -494,9 +564,10 @@ def refuse_non_finite(run: Run, step: int, batches: list[list[int]]) -> None:
     if step < 0:
         return
     files = ", ".join(str(run.train_set.pairs[index].image) for index in batches[step])
+    rate = run.schedule.rate(run.progress.epoch * run.schedule.steps_per_epoch + step)
     raise Fail(
         f"the loss is not finite in epoch {run.progress.epoch + 1}, step {step + 1} (learning rate "
-        f"{run.optimizer.param_groups[0]['lr']:.3g}, {run.precision}), pictures {files}. {what_now(run)}",
+        f"{rate:.3g}, {run.precision}), pictures {files}. {what_now(run)}",
         1,
     )
 
@@ -508,15 +579,18 @@ def what_now(run: Run) -> str:
     return f"{kept}Try a lower learning_rate, clip_grad 1, more warmup_steps, or amp off"
 
 
-def leave_if_stopped(run: Run) -> None:
-    """End the process after a signal; the caller has saved.
+def leave_if_stopped(run: Run, signaled: int) -> None:
+    """End the process after the signal that all processes know of; the caller has saved.
 
     Raises:
         Fail: a signal came.
+        SystemExit: it did, and another process says so.
     """
-    if run.stop.number:
+    if signaled:
         distributed.wait_for_all()
-        raise Fail(f"stopped; go on with --resume {run.folder}", 128 + run.stop.number)
+        if not run.processes.is_main:
+            sys.exit(128 + signaled)
+        raise Fail(f"stopped; go on with --resume {run.folder}", 128 + signaled)
 
 
 def averaged_weights(run: Run) -> dict[str, Tensor]:
@@ -535,21 +609,28 @@ class Evaluation:
     rows: list[tuple]  # (image, truth, prediction, caption) of the pictures asked for
 
 
-def evaluate(run: Run, weights: dict[str, Tensor], keep: Iterable[int] = range(SHOWN)) -> Evaluation:
+def evaluate(
+    run: Run,
+    weights: dict[str, Tensor],
+    keep: Iterable[int] | None = None,
+    only: Sequence[int] | None = None,
+) -> Evaluation:
     """Score weights on the validation pictures, each once and at its own mask's size.
 
     Args:
         run: the run.
         weights: of the model.
-        keep: indices of the pictures to hand back as rows for `visualize.sample_panels`.
+        keep: indices of the pictures to hand back as rows for `visualize.sample_panels`; None for a few.
+        only: indices of the pictures to score; None for all.
     """
     config, pictures = run.config, len(run.val_set)
+    keep = spread(pictures, SHOWN) if keep is None else keep
     distributed.from_main(weights)
     own = ConfusionMatrix(config.num_classes, config.ignore_index, run.device)
     states = torch.zeros(pictures, len(own.state()), dtype=torch.int64, device=run.device)
     losses = torch.zeros(pictures, device=run.device)
     kept = {}
-    for index, picture, truth, logits in validation_logits(run, weights):
+    for index, picture, truth, logits in validation_logits(run, weights, only or range(pictures)):
         ids = predicted_ids(logits)
         own.reset()
         own.update(ids, truth)
@@ -574,7 +655,9 @@ def evaluate(run: Run, weights: dict[str, Tensor], keep: Iterable[int] = range(S
 
 
 @torch.inference_mode()
-def validation_logits(run: Run, weights: dict[str, Tensor]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def validation_logits(
+    run: Run, weights: dict[str, Tensor], pictures: Sequence[int]
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Yield index, picture (1, C, H, W), truth (1, H, W) and logits (1, num_classes, H, W), in order."""
     network = Network(
         run.model,
@@ -586,20 +669,22 @@ def validation_logits(run: Run, weights: dict[str, Tensor]) -> Iterator[tuple[in
         channels_last=run.config.channels_last,
     )
     window = run.config.image_size if run.config.resize == "crop" else None
-    indices = evaluation_shard(len(run.val_set), run.processes.rank, run.processes.world_size)
+    rank, world_size = run.processes.rank, run.processes.world_size
+    indices = [pictures[place] for place in evaluation_shard(len(pictures), rank, world_size)]
+    longest = evaluation_shard(len(pictures), 0, world_size)  # all processes go round equally often
     with progress_bar(total=len(indices), description="validation") as bar:
-        for first in range(0, len(indices), run.config.batch_size):
+        for first in range(0, len(longest), run.config.batch_size):
             batch = indices[first : first + run.config.batch_size]
             items = [run.val_set.evaluation_item(index) for index in batch]
-            logits = picture_logits(
-                network, [image for image, _, _ in items], [box for _, box, _ in items], window
-            )
+            images, boxes = [image for image, _, _ in items], [box for _, box, _ in items]
+            logits = picture_logits(network, images, boxes, window) if batch else ()
             for index, (image, box, truth), one in zip(batch, items, logits, strict=True):
                 picture = restore(image[None].float(), box).round().to(torch.uint8)
                 yield index, picture, truth[None].to(run.device), one
-            if run.stop.number and run.processes.world_size == 1:  # validation is done again on resume
+            (signaled,) = distributed.largest([run.stop.number])
+            if signaled:  # validation is done again on resume
                 save_last(run)
-                leave_if_stopped(run)
+                leave_if_stopped(run, signaled)
             bar.update(len(batch))
 
 
@@ -624,9 +709,9 @@ def end_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
         return
     with run.clock.to("saving"):
         run_files.write_log(run.folder / "log.csv", progress.rows)
-        last = progress.epoch == config.epochs
-        if last or run.clock.share("saving") < 0.1:  # not at every one of many short epochs
+        if run.clock.share("saving") < 0.1:  # not at every one of many short epochs; `finish` draws the last
             draw_curves(run)
+        last = progress.epoch == config.epochs
         if found and (last or progress.epoch % max(1, config.epochs // 10) == 0):
             panel = visualize.sample_panels(found.rows, config.names, run.palette, config.ignore_index)
             write_image(run.folder / "samples" / f"epoch_{progress.epoch:03d}.png", panel)
@@ -701,7 +786,7 @@ def finite_weights(run: Run) -> dict[str, Tensor]:
     name = first_non_finite(weights)
     if name:
         raise Fail(
-            f"the weights of {name} are not finite in epoch {run.progress.epoch + 1}. {what_now(run)}", 1
+            f"the weights of {name} are not finite after step {run.schedule.position}. {what_now(run)}", 1
         )
     return weights
 
@@ -737,14 +822,15 @@ def restore_state(run: Run, saved: dict[str, Any]) -> None:
             "Bring the old data back, or start a new run (from these weights: --init_from)"
         )
     run.progress = Progress(**saved["progress"])
-    if run.progress.epoch >= run.config.epochs and (run.folder / END_MARK).exists():
+    if is_over(run) and (run.folder / END_MARK).exists():
         raise ValueError(
             f"{run.folder} is finished after {run.progress.epoch} epochs. Start a new run by --init_from"
         )
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
     run.schedule.load_state_dict(saved["schedule"])
-    run.scaler.load_state_dict(saved["scaler"])
+    if saved["scaler"]:  # of a run that goes on at fp16; one at another precision has none
+        run.scaler.load_state_dict(saved["scaler"])
     if run.ema:
         run.ema.load(saved["ema"], saved["ema_steps"])
 
@@ -755,6 +841,10 @@ def print_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None
         f"{name.removeprefix('train_')} {row[name]:.4f}" for name in row if name.startswith("train_")
     )
     line = f"  {terms}, learning rate {row['learning_rate']:.3g}, {row['images_per_second']:.0f} pictures/s"
+    steps, seconds = run.clock.since_first(run.schedule.position)
+    if steps and not is_over(run):
+        ahead = (run.schedule.total_steps - run.schedule.position) * seconds / steps
+        line += f", about {format_time(ahead)} left"
     if found:
         best = "  (best so far)" if run.progress.best_epoch == row["epoch"] else ""
         line += f"\n  validation loss {found.loss:.4f}, mean IoU {format_score(found.scores.mean_iou)}, "
@@ -772,10 +862,11 @@ def finish(run: Run) -> None:
         found = evaluate(run, best, keep=())
         order = sorted(range(len(found.picture_iou)), key=lambda index: -found.picture_iou[index])
         chosen = order[:2] + order[2:][-2:]
-        rows = evaluate(run, best, keep=chosen).rows
+        rows = evaluate(run, best, keep=chosen, only=chosen).rows
     if not run.processes.is_main:
         return
     with run.clock.to("saving"):
+        run_files.write_log(run.folder / "log.csv", progress.rows)
         draw_curves(run)
         report = visualize.draw_report(
             progress.rows,

@@ -15,8 +15,6 @@ resident size with logits and masks there, in multiples of the logits; nothing i
 
 from __future__ import annotations
 
-import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,12 +22,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.nn.functional as F
-from timing import interleave, machine, print_table, spread, write_json
+from timing import (
+    interleave,
+    machine,
+    options,
+    print_goals,
+    print_table,
+    ratios,
+    resident,
+    spread,
+    write_json,
+)
+from worker import CONTEXT
 
 from losses import LOSSES, build_loss
 from metrics import ConfusionMatrix, predicted_ids
 
-SHAPES = {"4x12x360x480": (4, 12, 360, 480), "8x21x512x512": (8, 21, 512, 512)}
+SHAPES = ("4x12x360x480", "8x21x512x512")
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
 OURS = tuple(LOSSES)
 TORCH, SMP, MONAI = "torch cross_entropy", "torch CE + SMP DiceLoss", "MONAI DiceCELoss"
@@ -37,11 +46,15 @@ GOALS = {TORCH: 1 / 1.5, SMP: 2.8, MONAI: 1.6}  # how many times faster joint mu
 
 
 def tensors(shape, layout):
-    n, c, h, w = shape
+    n, c, h, w = shape = tuple(map(int, shape.split("x")))
     logits = torch.empty(shape, memory_format=LAYOUTS[layout]).normal_().requires_grad_()
     masks = torch.randint(0, c, (n, h, w))
     masks[:, : h // 20] = 255
     return logits, masks
+
+
+def classes_of(shape):
+    return int(shape.split("x")[1])
 
 
 def loss_by_name(name, num_classes):
@@ -73,49 +86,49 @@ def step(loss_fn, logits, masks):
         torch.cuda.synchronize()
 
 
-def resident(field):
-    """Return VmRSS (now) or VmHWM (the peak so far) of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
 def peak(name, shape, layout):
-    """Print by how much one step lifts this process's peak resident size, in multiples of the logits."""
-    loss_fn = loss_by_name(name, SHAPES[shape][1])
-    step(loss_fn, *tensors((1, SHAPES[shape][1], 8, 8), layout))  # load what is loaded once
-    logits, masks = tensors(SHAPES[shape], layout)
+    """Return by how much one step lifts this process's peak resident size, in multiples of the logits."""
+    loss_fn = loss_by_name(name, classes_of(shape))
+    step(loss_fn, *tensors(f"1x{classes_of(shape)}x8x8", layout))  # load what is loaded once
+    logits, masks = tensors(shape, layout)
     before = resident("VmRSS")
     step(loss_fn, logits, masks)
-    print((resident("VmHWM") - before) / (logits.numel() * logits.element_size()))
+    return (resident("VmHWM") - before) / (logits.numel() * logits.element_size())
 
 
-def measure_losses(shape, layout, rounds, device):
-    logits, masks = tensors(SHAPES[shape], layout)
-    logits, masks = logits.detach().to(device).requires_grad_(), masks.to(device)
-    found = {name: loss_by_name(name, SHAPES[shape][1]) for name in (*OURS, TORCH, SMP, MONAI)}
-    cases = {
-        name: loss_fn.to(device) if name in OURS else loss_fn for name, loss_fn in found.items() if loss_fn
-    }
+def measure_losses(shape, layout, args):
+    """Return what was measured, and the goals."""
+    logits, masks = tensors(shape, layout)
+    logits, masks = logits.detach().to(args.device).requires_grad_(), masks.to(args.device)
+    cases = {name: loss_by_name(name, classes_of(shape)) for name in args.losses}
+    cases = {name: fn.to(args.device) if name in OURS else fn for name, fn in cases.items() if fn}
     seconds = interleave(
-        {name: lambda fn=loss_fn: step(fn, logits, masks) for name, loss_fn in cases.items()}, rounds
+        {name: lambda fn=fn: step(fn, logits, masks) for name, fn in cases.items()}, args.rounds
     )
-    memory, rows = {}, []
+    memory, rows, goals = {}, [], []
     for name in seconds:
-        if device == "cpu":
-            command = [sys.executable, __file__, "--peak", name, shape, layout]
-            memory[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        faster = [theirs / ours for theirs, ours in zip(seconds[name], seconds["joint"], strict=True)]
-        goal = f" (goal {GOALS[name]:.2f})" if name in GOALS else ""
+        if args.device == "cpu":
+            with CONTEXT.Pool(1) as new_process:
+                memory[name] = new_process.apply(peak, (name, shape, layout))
+        faster = ratios(seconds[name], seconds["joint"]) if "joint" in seconds else []
+        if faster and name in GOALS:
+            goals.append((f"{shape} {layout}: {name}'s time / joint's", GOALS[name], faster, False))
         times = spread([1e3 * value for value in seconds[name]], 1)
-        rows.append([name, times, spread(faster, 2) + goal, f"{memory[name]:.2f}" if memory else "-"])
+        kept = f"{memory[name]:.2f}" if memory else "-"
+        rows.append([name, times, spread(faster, 2) if faster else "", kept])
+    if "joint" in memory:
+        goals.append((f"{shape} {layout}: joint's peak / logits", 2.5, [memory["joint"]], True))
+    absent = [name for name in args.losses if name not in cases]
+    rows += [[name, "not measured: its library is not installed", "", ""] for name in absent]
     print(f"\n{shape} {layout}, forward + backward")
     print_table(["loss", "ms", "its time / joint's", "peak memory / logits"], rows)
-    return {"seconds": seconds, "peak_over_logits": memory}
+    return {"seconds": seconds, "peak_over_logits": memory}, goals
 
 
-def measure_metrics(shape, layout, rounds, device):
-    logits, masks = (tensor.detach().to(device) for tensor in tensors(SHAPES[shape], layout))
-    matrix, bytes_ = ConfusionMatrix(SHAPES[shape][1], device=device), masks.byte()
+def measure_metrics(shape, layout, args):
+    """Return what was measured, and the goals."""
+    logits, masks = (tensor.detach().to(args.device) for tensor in tensors(shape, layout))
+    matrix, bytes_ = ConfusionMatrix(classes_of(shape), device=args.device), masks.byte()
     ids = predicted_ids(logits)
     wide = ids.long()
     cases = {
@@ -131,35 +144,35 @@ def measure_metrics(shape, layout, rounds, device):
         if logits.is_cuda:
             torch.cuda.synchronize()
 
-    seconds = interleave({name: lambda case=case: waited(case) for name, case in cases.items()}, rounds)
+    seconds = interleave({name: lambda case=case: waited(case) for name, case in cases.items()}, args.rounds)
     print(f"\n{shape} {layout}, from logits to counts")
-    rows = [[name, spread([1e3 * value for value in values], 1)] for name, values in seconds.items()]
-    print_table(["what", "ms"], rows)
-    return {"seconds": seconds}
+    times = {name: [1e3 * value for value in values] for name, values in seconds.items()}
+    print_table(["what", "ms"], [[name, spread(values, 1)] for name, values in times.items()])
+    goals = [
+        (f"{shape} {layout}: {name}, ms", 10, times[name], True) for name in cases if "Confusion" in name
+    ]
+    return {"seconds": seconds}, goals
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser = options(__doc__, "losses")
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), metavar="NxCxHxW")
+    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
+    every = (*OURS, TORCH, SMP, MONAI)
+    parser.add_argument("--losses", nargs="*", choices=every, default=every, metavar="NAME")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", default="benchmarks/results/losses.json")
-    parser.add_argument(
-        "--peak", nargs=3, metavar=("LOSS", "SHAPE", "LAYOUT"), help="measure memory, print, end"
-    )
     args = parser.parse_args()
-    if args.peak:
-        peak(*args.peak)
-        return
     torch.manual_seed(0)
-    results = {"machine": machine("segmentation_models_pytorch", "monai"), "losses": {}, "metrics": {}}
+    description = machine("segmentation_models_pytorch", "monai")
+    results = {"settings": vars(args), "machine": description, "losses": {}, "metrics": {}}
+    goals = []
     for shape in args.shapes:
-        for layout in LAYOUTS:
+        for layout in args.layouts:
             key = f"{shape} {layout}"
-            results["losses"][key] = measure_losses(shape, layout, args.rounds, args.device)
-            results["metrics"][key] = measure_metrics(shape, layout, args.rounds, args.device)
+            results["losses"][key], more = measure_losses(shape, layout, args)
+            results["metrics"][key], and_more = measure_metrics(shape, layout, args)
+            goals += more + and_more
+    print_goals(goals)
     write_json(args.output, results)
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark here shares: interleaved rounds, the machine's description, a table and a JSON file.
+"""What every benchmark here shares: interleaved rounds, the machine's description, tables, a JSON file.
 
 Rounds are interleaved (A B C, B C A, ...), because other work on a machine comes and goes: a slow minute then
 falls on all cases alike, and ratios taken round by round stay meaningful where single times do not.
@@ -6,14 +6,25 @@ falls on all cases alike, and ratios taken round by round stay meaningful where 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+
+
+def options(doc: str, name: str, rounds: int = 5) -> argparse.ArgumentParser:
+    """Return a parser with the options that every benchmark has; `doc` is its help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument(
+        "--output", default=f"benchmarks/results/{name}.json", help="every measurement is written here"
+    )
+    return parser
 
 
 def machine(*packages: str) -> dict[str, object]:
@@ -39,20 +50,37 @@ def machine(*packages: str) -> dict[str, object]:
     }
 
 
+def rotation(names: Iterable[str], rounds: int) -> Iterator[tuple[int, list[str]]]:
+    """Yield each round's number and order: A B C, B C A, ..."""
+    names = list(names)
+    for turn in range(rounds):
+        shift = turn % len(names)
+        yield turn, names[shift:] + names[:shift]
+
+
 def interleave(
     cases: dict[str, Callable[[], object]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
     """Time each case once a round, in an order that rotates; return seconds by case, warm-up left out."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    names = list(cases)
-    for turn in range(-warmup, rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+    for turn, names in rotation(cases, warmup + rounds):
+        for name in names:
             start = time.perf_counter()
             cases[name]()
-            if turn >= 0:
+            if turn >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """Divide round by round."""
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def resident(field: str, process: int | str = "self") -> int:
+    """Return VmRSS (now) or VmHWM (the peak so far) of a process, in bytes; Linux alone."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
@@ -67,6 +95,29 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
     """Print a Markdown table."""
     for row in (header, ["---"] * len(header), *rows):
         print("| " + " | ".join(map(str, row)) + " |")
+
+
+def print_goals(goals: Sequence[tuple]) -> None:
+    """Print (what of whom, goal, values, whether the goal is the most allowed) with what was reached.
+
+    The median decides.
+    """
+    rows = []
+    for what, goal, values, at_most in goals:
+        middle = statistics.median(values)
+        met = middle <= goal if at_most else middle >= goal
+        sign = "at most" if at_most else "at least"
+        rows.append(
+            (
+                what,
+                f"{sign} {round(goal, 2):g}",
+                spread(values, 0 if goal >= 100 else 2),
+                "yes" if met else "NO",
+            )
+        )
+    if rows:
+        print()
+        print_table(("goal", "wanted", "reached", "met"), rows)
 
 
 def write_json(path: str | Path, results: dict[str, object]) -> None:

@@ -8,7 +8,6 @@ entry reads as missing and is made anew. Processes may fill one cache at once; t
 import mmap
 import os
 import shutil
-import threading
 import zlib
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 
 DONE = 1 << 32  # beside the checksum in an entry's state: the entry was written
 SMALL = 256 * 2**20  # bytes that are decoded in seconds: not worth a file
+FILES = ("samples.bin", "state.bin")
 
 
 class SampleCache:
@@ -29,50 +29,34 @@ class SampleCache:
     def __init__(self, lengths: list[int], folder: Path | None = None):
         self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         self.folder = folder
-        self._lock = threading.Lock()
-        self._open()
-
-    def _open(self) -> None:
-        count, total = len(self.offsets) - 1, int(self.offsets[-1])
-        self._tested = np.zeros(count, bool)  # checksums are tested once a process
-        self._files = []
         self.full = False
-        maps = []
-        for name, size in (("samples.bin", total), ("state.bin", 8 * count)):
-            if self.folder is None:
-                maps.append(mmap.mmap(-1, size))
-                continue
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = open(self.folder / name, "a+b", buffering=0)  # noqa: SIM115  (lives as long as the map)
-            file.close()
-            file = open(self.folder / name, "r+b", buffering=0)  # noqa: SIM115
-            if file.seek(0, os.SEEK_END) != size:
+        self._tested = np.zeros(len(lengths), bool)  # checksums are tested once a process
+        self._samples = np.frombuffer(self._map(FILES[0], int(self.offsets[-1])), np.uint8)
+        self._state = np.frombuffer(self._map(FILES[1], 8 * len(lengths)), np.uint64)
+
+    def _map(self, name: str, size: int) -> mmap.mmap:
+        if self.folder is None:
+            return mmap.mmap(-1, size)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / name, "a+b") as file:
+            if file.tell() not in (0, size):
                 file.truncate(0)  # not ours or broken: what is missing reads as zeros, which is "not done"
-                file.truncate(size)
-            self._files.append(file)
-            maps.append(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
-        self._samples = np.frombuffer(maps[0], np.uint8)
-        self._state = np.frombuffer(maps[1], np.uint64)
+            file.truncate(size)
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
 
-    def __getstate__(self):
-        return {"offsets": self.offsets, "folder": self.folder}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-        self._open()
+    def __reduce__(self):
+        return SampleCache, (np.diff(self.offsets), self.folder)
 
     def __contains__(self, index: int) -> bool:
         return int(self._state[index]) >= DONE
 
     def get(self, index: int) -> np.ndarray | None:
         """The bytes of an entry, read-only; None when it is missing or broken."""
-        state = int(self._state[index])
-        if state < DONE:
+        if index not in self:
             return None
         entry = self._samples[self.offsets[index] : self.offsets[index + 1]]
         if not self._tested[index]:
-            if zlib.crc32(entry) != state - DONE:
+            if zlib.crc32(entry) != int(self._state[index]) - DONE:
                 return None
             self._tested[index] = True
         entry.flags.writeable = False
@@ -84,24 +68,23 @@ class SampleCache:
             return
         data = np.concatenate([np.ascontiguousarray(part).view(np.uint8).reshape(-1) for part in parts])
         assert len(data) == self.offsets[index + 1] - self.offsets[index]
-        state = np.array([zlib.crc32(data) + DONE], np.uint64)
         try:
-            with self._lock:
-                self._write(0, self._samples, int(self.offsets[index]), data)
-                self._write(1, self._state, 8 * index, state)
+            self._write(0, self._samples, int(self.offsets[index]), data)
+            self._write(1, self._state, 8 * index, np.array([zlib.crc32(data) + DONE], np.uint64))
         except OSError:
             self.full = True
 
     def _write(self, which: int, memory: np.ndarray, offset: int, data: np.ndarray) -> None:
-        """Through the file, not its map: a full disk is then an error and not the end of the process."""
+        """Through a file of its own, as forked processes share the place in an open one.
+
+        Not through the map: a full disk is so an error and not the end of the process.
+        """
         if self.folder is None:
             memory.view(np.uint8)[offset : offset + data.nbytes] = data.view(np.uint8)
             return
-        file = self._files[which]
-        file.seek(offset)
-        view = memoryview(data.view(np.uint8))
-        while view:
-            view = view[file.write(view) :]
+        with open(self.folder / FILES[which], "r+b") as file:
+            file.seek(offset)
+            file.write(data)
 
 
 def open_cache(setting: str, cache_dir, key: str, lengths: list[int]) -> tuple[SampleCache | None, str]:
@@ -142,16 +125,14 @@ def _make_room(folder: Path, total: int) -> bool:
     """Sweep old caches until all fit in half of what the disk has without them; False if they cannot."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     others = [path for path in folder.parent.glob("samples-*") if path.is_dir() and path != folder]
-    others.sort(key=lambda path: path.stat().st_mtime)
-    used = {path: _bytes_in(path) for path in others}
+    used = {path: _bytes_in(path) for path in sorted(others, key=lambda path: path.stat().st_mtime)}
     budget = (shutil.disk_usage(folder.parent).free + sum(used.values()) + _bytes_in(folder)) // 2
     if total > budget:
         return False
-    for path in others:
-        if total + sum(used.values()) <= budget:
-            break
-        shutil.rmtree(path, ignore_errors=True)
-        del used[path]
+    while total + sum(used.values()) > budget:
+        oldest = next(iter(used))
+        shutil.rmtree(oldest, ignore_errors=True)
+        del used[oldest]
     return True
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Barrier
 
 import numpy as np
@@ -97,7 +99,11 @@ class SegmentationDataset:
             move = self.augmentation.draw(generator_for(self.seed, epoch, index), mask.shape, self.image_size)
             apply_move(image, mask, move, images[position], masks[position], self.ignore_index)
 
-        list((map if self._is_short_work(keys) else self._map)(make, range(len(keys))))
+        if self._is_short_work(keys):
+            with _one_thread():
+                list(map(make, range(len(keys))))
+        else:
+            list(self._map(make, range(len(keys))))
         return images, masks
 
     def _is_short_work(self, keys) -> bool:
@@ -208,6 +214,17 @@ class SegmentationDataset:
             return
         with _single_threaded_pool(threads) as pool:
             yield from pool.map(function, items)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute on this thread alone: operations of microseconds are not worth sharing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:

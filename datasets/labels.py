@@ -5,15 +5,15 @@ of a palette mask; colours are packed as 0xRRGGBB. `choose_encoding` finds the t
 of all splits together.
 """
 
+import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from PIL import Image
 
-UNKNOWN = -1  # position in the table of a raw value that is not in it
+UNKNOWN = np.iinfo(np.int64).min  # class id of a raw value without one; colour of a value that is no grey
 NEAR = 40  # how far damage (JPEG, smoothing) moves most of the values that it moves
 RARE = 0.005  # of all pixels; what is far from every declared value and more common is no damage
 SHOWN = 16  # raw values that a message lists
@@ -41,28 +41,25 @@ def parse_labels(text: str) -> LabelMap:
     rest = text.strip().lower()
     if rest in ("auto", "snap"):
         return LabelMap(snap=rest == "snap")
-    snap = rest.startswith("snap:")
     table: dict[int, int | None] = {}
-    kinds = set()
-    for part in filter(None, (part.strip() for part in rest.removeprefix("snap:").split(","))):
+    parts = [part.strip() for part in rest.removeprefix("snap:").split(",") if part.strip()]
+    for part in parts:
         match = re.fullmatch(r"(#[0-9a-f]{6}|-?\d+)\s*=\s*(\d+|ignore)", part)
-        if not match:
+        raw = match and int(match[1].lstrip("#"), 16 if part.startswith("#") else 10)
+        if raw is None or not -65536 < raw < 2**24:
             raise ValueError(
-                f"labels has '{part}'; wanted 'auto', 'snap', or a map such as '0=0,128=1,255=ignore' "
-                "or '#000000=0,#ff0000=1'. Write each part as VALUE=CLASS or #RRGGBB=CLASS."
+                f"labels has '{part}'; wanted 'auto', 'snap', or a map such as '0=0,128=1,255=ignore' or "
+                "'#000000=0,#ff0000=1'. Write VALUE=CLASS (values -65535 to 16777215) or #RRGGBB=CLASS."
             )
-        kinds.add(match[1].startswith("#"))
-        raw = int(match[1][1:], 16) if match[1].startswith("#") else int(match[1])
-        if not -65536 < raw < 2**24:
-            raise ValueError(f"labels has the value {raw}; mask values are -65535 to 16777215.")
         if raw in table:
             raise ValueError(f"labels names {match[1]} twice. Give each value or colour one class.")
         table[raw] = None if match[2] == "ignore" else int(match[2])
-    if not table:
+    kinds = {part.startswith("#") for part in parts}
+    if not kinds:
         raise ValueError("labels is empty; wanted 'auto', 'snap', or a map such as '0=0,255=1'.")
     if len(kinds) == 2:
         raise ValueError("labels mixes values and #colours. Use the one that the mask files hold.")
-    return LabelMap(snap=snap, colours=kinds.pop(), table=tuple(table.items()))
+    return LabelMap(rest.startswith("snap:"), kinds.pop(), tuple(table.items()))
 
 
 @dataclass(frozen=True)
@@ -95,57 +92,19 @@ class Encoding:
         """True when palette masks are to be read as colours."""
         return self.kind == "colours"
 
-    @cached_property
-    def _raws(self) -> np.ndarray:
-        return np.array([raw for raw, _ in self.table], np.int64)
-
-    @cached_property
-    def _ids(self) -> np.ndarray:
-        return np.array([id_ for _, id_ in self.table], self.dtype)
-
-    @cached_property
-    def _positions(self) -> tuple[int, np.ndarray]:
-        """Positions by raw value from `lowest` on; the first and last entry stand for all below and above."""
-        lowest = min(int(self._raws[0]), 0) - 1
-        count = max(int(self._raws[-1]), 255) - lowest + 2
-        if self.snap and not self.as_colours:
-            return lowest, self._nearest(np.arange(lowest, lowest + count))
-        found = np.full(count, UNKNOWN, np.int16 if len(self.table) < 2**15 else np.int32)
-        found[self._raws - lowest] = np.arange(len(self.table))
-        return lowest, found
-
-    def __getstate__(self):
-        """Leave the look-up tables behind when sent to another process."""
-        return {name: value for name, value in self.__dict__.items() if name in self.__dataclass_fields__}
-
-    def _distances(self, raws: np.ndarray) -> np.ndarray:
-        """(raws, entries): difference of values, or of colours as points."""
-        if not self.as_colours:
-            return np.abs(raws[:, None] - self._raws)
-        squares = (((raws[:, None] >> s & 255) - (self._raws >> s & 255)) ** 2 for s in (16, 8, 0))
-        return np.sqrt(sum(squares))
-
-    def _nearest(self, raws: np.ndarray) -> np.ndarray:
-        """Position of the nearest entry; of equally near ones the first."""
-        parts = [self._distances(raws[i : i + 65536]).argmin(1) for i in range(0, len(raws), 65536)]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-    def distance(self, raws: np.ndarray) -> np.ndarray:
-        """How far raw values lie from the nearest in the table."""
-        parts = [self._distances(raws[i : i + 65536]).min(1) for i in range(0, len(raws), 65536)]
-        return np.concatenate(parts) if parts else np.zeros(0)
-
-    def nearest(self, raw: int) -> int:
-        """The raw value of the table that lies nearest."""
-        return self.table[int(self._nearest(np.array([raw]))[0])][0]
+    @property
+    def is_dense(self) -> bool:
+        """True when raw values lie side by side: what damages one makes another of it, which nobody sees."""
+        return not self.as_colours and bool((np.diff([raw for raw, _ in self.table]) == 1).any())
 
     def lookup(self, raws: np.ndarray) -> np.ndarray:
-        """Positions in the table of raw values of any shape; UNKNOWN where there is none."""
-        if self.snap and self.as_colours:
+        """Class ids of raw values of any shape, int64; UNKNOWN for those that have none."""
+        known, ids = np.array(self.table, np.int64).T
+        if self.snap:
             values, inverse = np.unique(raws, return_inverse=True)
-            return self._nearest(values.astype(np.int64))[inverse].reshape(raws.shape)
-        lowest, found = self._positions
-        return found[np.clip(raws.astype(np.int64) - lowest, 0, len(found) - 1)]
+            raws = nearest(values, known, self.as_colours)[0][inverse].reshape(raws.shape)
+        found = np.searchsorted(known, raws).clip(max=len(known) - 1)
+        return np.where(known[found] == raws, ids[found], UNKNOWN)
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         """Class ids (H, W), uint8 or int64, of a raw mask as `read_mask` gives it.
@@ -153,29 +112,20 @@ class Encoding:
         Raises:
             ValueError: the mask holds values that the table lacks; says which and how many.
         """
-        keys = raw
         if self.as_colours:
-            keys = pack(raw if raw.ndim == 3 else np.repeat(raw[..., None], 3, axis=2))
-        elif raw.ndim == 3:
-            if (raw != raw[..., :1]).any():
-                raise ValueError(f"holds colours, but the masks are read as {self.describe()}.")
-            keys = raw[..., 0]
-        if keys.dtype == np.uint8:  # one byte a pixel all the way
-            positions = self.lookup(np.arange(256))
-            ids, unknown = self._ids[positions].take(keys), (positions == UNKNOWN).take(keys)
+            keys = pack(raw) if raw.ndim == 3 else pack_greys(raw)
+        elif raw.ndim == 2 or (raw == raw[..., :1]).all():
+            keys = raw if raw.ndim == 2 else raw[..., 0]
         else:
-            positions = self.lookup(keys)
-            ids, unknown = self._ids[positions], positions == UNKNOWN
+            raise ValueError(f"holds colours, but the masks are read as {self.describe()}.")
+        ids = self.lookup(np.arange(256) if keys.dtype == np.uint8 else keys)
+        ids, unknown = ids.astype(self.dtype), ids == UNKNOWN
+        if keys.dtype == np.uint8:  # one byte a pixel all the way
+            ids, unknown = ids.take(keys), unknown.take(keys)
         if unknown.any():
-            strays = Counter(keys[unknown].tolist()).most_common()
-            raise ValueError(f"holds {self.name_strays(strays)}; known are {self.describe()}.")
+            strays = listing(Counter(keys[unknown].tolist()), self.as_colours)
+            raise ValueError(f"holds {strays}; known are {self.describe()}.")
         return ids
-
-    def name_strays(self, strays, most: int = 4) -> str:
-        """'values 7 (12 px), 9 (3 px) and 5 more' from (raw, count) pairs."""
-        word = ("colour" if self.as_colours else "value") + ("s" if len(strays) > 1 else "")
-        named = [f"{raw_name(int(raw), self.as_colours)} ({int(count)} px)" for raw, count in strays]
-        return f"{word} {_some(named, most)}"
 
     def decode(self, ids: np.ndarray) -> Image.Image:
         """The picture to save so that a file is encoded as the training masks were: the inverse of `encode`.
@@ -183,17 +133,13 @@ class Encoding:
         Raises:
             ValueError: an id has no raw value, or the value fits no PNG.
         """
-        inverse: dict[int, int] = {}
-        for raw, id_ in self.table:
-            inverse.setdefault(id_, raw)
-        present = np.unique(ids)
-        missing = [int(id_) for id_ in present if int(id_) not in inverse]
-        if missing:
+        inverse = {id_: raw for raw, id_ in reversed(self.table)}
+        raws = replace(self, table=tuple(sorted(inverse.items())), snap=False).lookup(ids)
+        if (missing := np.unique(ids[raws == UNKNOWN])).size:
             raise ValueError(f"class ids {missing} have no value in {self.describe()}. Use encoding index.")
-        raws = np.array([inverse[int(id_)] for id_ in present], np.int64)[np.searchsorted(present, ids)]
         if self.as_colours:
-            return Image.fromarray(np.stack([raws >> s & 255 for s in (16, 8, 0)], axis=2).astype(np.uint8))
-        lowest, largest = self._raws.min(), self._raws.max()  # so that all files of a set are of one type
+            return Image.fromarray((raws[..., None] >> [16, 8, 0]).astype(np.uint8))
+        lowest, largest = self.table[0][0], self.table[-1][0]  # so that all files of a set are of one type
         if lowest < 0 or largest > 65535:
             raise ValueError(f"mask values {lowest}..{largest} fit no PNG (0..65535). Use encoding index.")
         picture = Image.fromarray(raws.astype(np.uint8 if largest <= 255 else np.uint16))
@@ -203,49 +149,68 @@ class Encoding:
 
     def to_dict(self) -> dict:
         """Plain values, for a checkpoint."""
-        return {
-            "kind": self.kind,
-            "num_classes": self.num_classes,
-            "ignore_index": self.ignore_index,
-            "table": [list(row) for row in self.table],
-            "snap": self.snap,
-            "palette": list(self.palette),
-        }
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: dict) -> "Encoding":
         """Inverse of `to_dict`."""
-        table = tuple((int(raw), int(id_)) for raw, id_ in values["table"])
-        return cls(**{**values, "table": table, "palette": tuple(values["palette"])})
+        rows = {"table": tuple(map(tuple, values["table"])), "palette": tuple(values["palette"])}
+        return cls(**{**values, **rows})
 
     def describe(self) -> str:
         """One line for the user."""
         if self.kind in ("indices", "palette"):
-            what = "palette indices" if self.kind == "palette" else "class indices"
-            line = f"{what} 0..{self.num_classes - 1}, {self.ignore_index} ignored"
+            what = "palette" if self.kind == "palette" else "class"
+            line = f"{what} indices 0..{self.num_classes - 1}, {self.ignore_index} ignored"
         else:
             named = ((raw, "ignored" if id_ == self.ignore_index else id_) for raw, id_ in self.table)
             shown = [f"{raw_name(raw, self.as_colours)} → {id_}" for raw, id_ in named]
-            line = f"{'colours' if self.as_colours else 'values'} {_some(shown, SHOWN)}"
+            line = f"{'colours' if self.as_colours else 'values'} {_some(shown)}"
         return line + (", strays to the nearest" if self.snap else "")
 
 
 def pack(rgb: np.ndarray) -> np.ndarray:
     """(..., 3) uint8 → int32 0xRRGGBB."""
-    packed = rgb[..., 0].astype(np.int32) << 16
-    packed |= rgb[..., 1].astype(np.int32) << 8
-    packed |= rgb[..., 2]
-    return packed
+    return rgb[..., 0].astype(np.int32) << 16 | rgb[..., 1].astype(np.int32) << 8 | rgb[..., 2]
 
 
-def pack_one(colour) -> int:
-    """(r, g, b) → 0xRRGGBB."""
-    return int(pack(np.array(colour, np.uint8)))
+def pack_greys(values: np.ndarray) -> np.ndarray:
+    """Values → the greys that they show; UNKNOWN for what is no byte."""
+    return np.where((values >= 0) & (values <= 255), values.astype(np.int64) * 0x010101, UNKNOWN)
+
+
+def nearest(raws: np.ndarray, known, colours: bool) -> tuple[np.ndarray, np.ndarray]:
+    """For each of raws (N,) the nearest known one, of equally near ones the first, and how far it is."""
+
+    def points(raws):
+        return raws[:, None] >> [16, 8, 0] & 255 if colours else raws[:, None]
+
+    raws, known = raws.astype(np.int64), np.array(list(known), np.int64)
+    found, distance = raws.copy(), np.full(len(raws), np.inf)
+    for raw, point in zip(known, points(known), strict=True):
+        apart = np.linalg.norm(points(raws) - point, axis=1)
+        found[apart < distance] = raw
+        distance = np.minimum(distance, apart)
+    return np.where(raws == UNKNOWN, raws, found), distance
 
 
 def raw_name(raw: int, colours: bool) -> str:
     """A raw value as the user writes it in `labels`."""
-    return f"#{raw:06x}" if colours else str(raw)
+    return str(raw) if not colours else f"#{raw:06x}" if raw >= 0 else "beyond 0..255"
+
+
+def _some(names: list, most: int = SHOWN) -> str:
+    return ", ".join(map(str, names[:most])) + f" and {len(names) - most} more" * (len(names) > most)
+
+
+def listing(counts: Counter, colours: bool, total: int = 0) -> str:
+    """'value 7 (12 px)' or, by their share of a total, 'values 7 (3.1%), 9 (0.2%) and 5 more'."""
+    named = [
+        f"{raw_name(raw, colours)} ({f'{count / total:.1%}' if total else f'{count} px'})"
+        for raw, count in counts.most_common()
+    ]
+    kind = "colour" if colours else "value"
+    return f"{kind}{'s' * (len(named) > 1)} {_some(named)}"
 
 
 @dataclass
@@ -253,102 +218,106 @@ class MaskStats:
     """What was counted in one mask.
 
     Attributes:
-        kind: grey, palette, colour, or grey_rgb for an RGB file that shows greys alone.
-        keys: the raw values (packed colours for colour and grey_rgb), ascending.
+        kind: grey (an RGB file that shows greys alone is one), palette or colour.
+        keys: the raw values (packed colours for colour), ascending.
         counts: pixels of each.
         colours: for palette, the packed colour of each key.
-        lossy: the file format does not keep values.
+        damage: what may have altered values unseen, see `reading.load_mask`.
     """
 
     kind: str
     keys: list[int]
     counts: list[int]
     colours: list[int] | None = None
-    lossy: bool = False
+    damage: str = ""
 
     def read_as(self, colours: bool) -> list[int]:
         """The keys as packed colours, or as values."""
-        if not colours:
-            return [key & 255 for key in self.keys] if self.kind == "grey_rgb" else self.keys
-        if self.kind == "palette":
-            return self.colours
-        if self.kind == "grey":
-            return [key * 0x010101 if 0 <= key <= 255 else UNKNOWN for key in self.keys]
-        return self.keys
+        if colours and self.kind == "grey":
+            return pack_greys(np.array(self.keys)).tolist()
+        return self.colours if colours and self.kind == "palette" else self.keys
 
 
 def choose_encoding(
-    masks: list[MaskStats], num_classes: int, ignore_index: int, labels="auto", class_colors=None
+    masks: list[MaskStats], num_classes: int, ignore_index: int, labels: str = "auto", class_colors=None
 ) -> tuple[Encoding, list[str]]:
-    """The one encoding of all masks of all splits.
+    """The one encoding of all masks of all splits, and warnings about it.
 
-    Args:
-        masks: what was counted in each mask.
-        num_classes: number of classes.
-        ignore_index: the id of ignored pixels.
-        labels: the setting, see `parse_labels`, or what that made of it.
-        class_colors: ((r, g, b), ...) one a class, or None.
-
-    Returns:
-        (Encoding, warnings)
+    `masks` is what was counted in each mask; the other arguments are those of `preflight.check_data`.
 
     Raises:
         ValueError: no encoding fits; the message names what was found and a map to start from.
     """
-    wanted = parse_labels(labels) if isinstance(labels, str) else labels
+    wanted = parse_labels(labels)
     if 0 <= ignore_index < num_classes:
+        raise ValueError(f"ignore_index is {ignore_index}, a class id (0..{num_classes - 1}). Take another.")
+    colours = wanted.colours or any(mask.kind == "colour" for mask in masks)
+    counts: Counter = Counter()
+    for mask in masks:
+        for key, count in zip(mask.read_as(colours), mask.counts, strict=True):
+            counts[key] += count
+    declared = [int(pack(np.array(colour, np.uint8))) for colour in class_colors or []]
+    try:
+        return _choose(masks, counts, colours, num_classes, ignore_index, wanted, declared)
+    except ValueError as error:
+        common = sorted(raw for raw, _ in counts.most_common(num_classes))
+        ids = {raw: i for i, raw in enumerate(common)}
+        rows = sorted(raw for raw, _ in counts.most_common(num_classes + 4))
+        start = ",".join(f"{raw_name(raw, colours)}={ids.get(raw, 'ignore')}" for raw in rows)
+        held = listing(counts, colours, counts.total())
         raise ValueError(
-            f"ignore_index is {ignore_index}, a class id (0..{num_classes - 1}). Take another number."
-        )
-    declared = [pack_one(colour) for colour in class_colors or []]
-    rgb = [mask for mask in masks if mask.kind == "colour"]
-    colours = wanted.colours or bool(rgb)
-    counts = _total(masks, colours)
-    if wanted.table and not wanted.colours and rgb:
-        raise ValueError(
-            f"labels maps values, but {len(rgb)} of {len(masks)} masks hold colours: "
-            f"{_listing(_total(rgb, True), True)}. Map colours: '{_suggest(counts, num_classes, True)}'."
-        )
-    table, palette, warnings = dict(wanted.table), (), []
+            f"{error} The masks hold {held}; a map to start from: labels '{'snap:' * wanted.snap}{start}'."
+        ) from None
+
+
+def _choose(
+    masks, counts: Counter, colours: bool, num_classes: int, ignore_index: int, wanted: LabelMap, declared
+) -> tuple[Encoding, list[str]]:
+    """As `choose_encoding`; what is wrong is said without what the masks hold."""
+    table, warnings, palette = dict(wanted.table), [], ()
+    if colours and table and not wanted.colours:
+        raise ValueError("labels maps values, but there are colours, which want to be mapped too.")
     if colours:
-        kind = "colours"
-        named = set(table.values())
-        table.update({raw: i for i, raw in enumerate(declared) if i not in named and raw not in table})
+        kind, named = "colours", set(table.values())
+        table |= {raw: i for i, raw in enumerate(declared) if i not in named and raw not in table}
         if not table:
-            raise ValueError(
-                f"{len(rgb)} of {len(masks)} masks hold colours and nothing says which class each is: "
-                f"{_listing(counts, True)}. Set class_colors, or name them: "
-                f"labels '{_suggest(counts, num_classes, True)}'."
-            )
+            raise ValueError("nothing says which class each colour is: set class_colors, or labels.")
     elif table:
         kind = "values"
     else:
         kind, table = _find_values(masks, counts, num_classes, ignore_index, wanted.snap)
-        if kind == "indices" and any(mask.kind == "palette" for mask in masks):
-            kind, shown = "palette", _one_palette(masks)
-            palette = tuple(shown.get(index, 0) for index in range(max(*shown, *table) + 1))
-            warnings = _palette_warning(shown, declared)
-    table = _checked(table, num_classes, ignore_index)
-    encoding = Encoding(kind, num_classes, ignore_index, table, wanted.snap, palette)
-    if wanted.snap:
-        _refuse_large_strays(encoding, counts)
-    return encoding, warnings
-
-
-def _checked(table: dict, num_classes: int, ignore_index: int) -> tuple:
-    """A table with the ignored id put in, ascending by raw, if it names every class and no other."""
-    ids = {id_ for id_ in table.values() if id_ not in (None, ignore_index)}
-    if ids and max(ids) >= num_classes:
-        raise ValueError(
-            f"labels names class {max(ids)}; num_classes is {num_classes}, so ids are 0..{num_classes - 1}."
-        )
-    missing = sorted(set(range(num_classes)) - ids)
-    if missing:
+        shown = {0: 0, 255: 0xFFFFFF} if kind == "binary" else _one_palette(masks)
+        if kind == "indices" and shown:
+            kind, palette = "palette", tuple(shown.get(i, 0) for i in range(max(*shown, *table) + 1))
+        name = "value" if kind == "binary" else "palette index"
+        own = {colour: id_ for id_, colour in enumerate(declared)}
+        for raw, colour in shown.items():
+            if table.get(raw) is not None and own.get(colour, table[raw]) != table[raw]:
+                warnings.append(
+                    f"{name} {raw} shows #{colour:06x}, which class_colors gives to class {own[colour]}; the "
+                    f"{name} counts. If the colour should, map #colours in labels"
+                )
+    ids = set(table.values()) - {None, ignore_index}
+    if beyond := ids - set(range(num_classes)):
+        raise ValueError(f"labels names class {max(beyond)}; ids of num_classes {num_classes} end before it.")
+    if missing := sorted(set(range(num_classes)) - ids):
         raise ValueError(
             f"nothing stands for class {_some(missing)}. Name its value or colour in labels (and each "
             "class's own in class_colors), or lower num_classes."
         )
-    return tuple(sorted((raw, ignore_index if id_ is None else id_) for raw, id_ in table.items()))
+    rows = sorted((raw, ignore_index if id_ is None else id_) for raw, id_ in table.items())
+    snap = wanted.snap and kind not in ("indices", "palette")  # between ids that lie 1 apart nothing is near
+    encoding = Encoding(kind, num_classes, ignore_index, tuple(rows), snap, palette)
+    if snap:
+        raws = np.array(list(counts))
+        far = raws[nearest(raws, dict(rows), colours)[1] > NEAR].tolist()
+        large = Counter({raw: counts[raw] for raw in far if counts[raw] > RARE * counts.total()})
+        if large:  # damage is near, or rare
+            raise ValueError(
+                f"{listing(large, colours, counts.total())}: too common and too far from every declared "
+                "value to be damage. Declare them in labels, as a class or ignore."
+            )
+    return encoding, warnings[:1]
 
 
 def _find_values(masks, counts: Counter, num_classes: int, ignore_index: int, snap: bool) -> tuple[str, dict]:
@@ -356,103 +325,38 @@ def _find_values(masks, counts: Counter, num_classes: int, ignore_index: int, sn
     indices: dict[int, int | None] = {i: i for i in range(num_classes)}
     if ignore_index >= 0:
         indices[ignore_index] = None
-    values = set(counts)
-    if num_classes == 2 and values == {0, 255}:
-        return "binary", {0: 0, 255: 1}
-    if values <= set(indices):
-        if values == {0, 1, 255}:
-            _refuse_mixed_binary(masks)
+    values, strays = set(counts), set(counts) - set(indices)
+    only_ends = values == {0, 255}
+    if values == {0, 1, 255} and not any({1, 255} <= set(mask.keys) for mask in masks):
+        raise ValueError(
+            "some masks hold 0 and 1, others 0 and 255, none all three: 255 may be a class or ignored. "
+            "Say which: labels '0=0,1=1,255=1' or '0=0,1=1,255=ignore'."
+        )
+    if not strays and not only_ends:
         return "indices", indices
     ends = sum(count for value, count in counts.items() if min(abs(value), abs(value - 255)) <= NEAR)
     bright = any(abs(value - 255) <= NEAR for value in values)
-    damaged = len(values) > 8 or any(mask.lossy for mask in masks)
-    if num_classes == 2 and bright and ends >= 0.8 * counts.total() and (snap or damaged):
-        return "binary", {0: 0, 255: 1}  # the strays are snapped, or named file by file
+    damaged = snap or only_ends or len(values) > 8 or any(mask.damage for mask in masks)
+    if num_classes == 2 and bright and damaged and ends >= 0.8 * counts.total():
+        return "binary", {0: 0, 255: 1}  # strays are snapped, or named file by file
     if snap:
-        raise ValueError(
-            f"labels is 'snap', but class ids lie 1 apart and the masks hold {_listing(counts, False)}. "
-            f"Name the values: labels 'snap:{_suggest(counts, num_classes, False)}'."
-        )
-    strays = values - set(indices)
+        raise ValueError("labels is 'snap', but class ids lie 1 apart: name the values.")
     from_one = 0 not in values and num_classes in values
-    if from_one or (len(values) <= 64 and 2 * len(strays) >= len(values)):
+    if only_ends or from_one or (len(values) <= 64 and 2 * len(strays) >= len(values)):
         raise ValueError(
-            f"the masks hold values {_listing(counts, False)}; num_classes {num_classes} wants ids "
-            f"0..{num_classes - 1}, and {ignore_index} for ignored. Set num_classes right, or "
-            f"name the values: labels '{_suggest(counts, num_classes, False)}'."
+            f"num_classes {num_classes} wants ids 0..{num_classes - 1}, and {ignore_index} for ignored. "
+            "Set num_classes right, or name the values."
         )
     return "indices", indices  # a few strays, which are named file by file
 
 
-def _refuse_mixed_binary(masks: list[MaskStats]) -> None:
-    sets = [set(mask.read_as(False)) for mask in masks]
-    ones, brights = (sum(a in s and b not in s for s in sets) for a, b in ((1, 255), (255, 1)))
-    if ones and brights and not any({1, 255} <= s for s in sets):
-        raise ValueError(
-            f"{ones} masks hold 0 and 1, {brights} hold 0 and 255, none all three: 255 may be a class or "
-            "ignored. Say which: labels '0=0,1=1,255=1' or '0=0,1=1,255=ignore'."
-        )
-
-
 def _one_palette(masks: list[MaskStats]) -> dict[int, int]:
-    """The colour of each index in use; an index of two colours may be two classes, and is refused."""
-    palette: dict[int, int] = {}
-    for mask in masks:
-        for key, colour in zip(mask.keys, mask.colours or [], strict=False):
-            if palette.setdefault(key, colour) != colour:
-                raise ValueError(
-                    f"palettes differ between masks: index {key} is #{palette[key]:06x} in one and "
-                    f"#{colour:06x} in another. If the indices count, say labels '0=0,1=1,...'; if the "
-                    "colours do, labels '#000000=0,...'."
-                )
-    return palette
-
-
-def _palette_warning(palette: dict[int, int], declared: list[int]) -> list[str]:
-    for index, colour in sorted(palette.items()):
-        if index < len(declared) and colour in declared and declared[index] != colour:
-            return [
-                f"palette index {index} shows #{colour:06x}, which class_colors gives to class "
-                f"{declared.index(colour)}; the index counts. If the colour should, map #colours in labels"
-            ]
-    return []
-
-
-def _refuse_large_strays(encoding: Encoding, counts: Counter) -> None:
-    """What is far from every declared value and common is a class that nobody declared, not damage."""
-    raws = np.array(sorted(counts), np.int64)
-    far = raws[encoding.distance(raws) > NEAR]
-    large = Counter({raw: counts[raw] for raw in far.tolist() if counts[raw] > RARE * counts.total()})
-    if large:
-        raise ValueError(
-            f"{_listing(large, encoding.as_colours, counts.total())} are too common and too far from every "
-            "declared value to be damage. Declare them in labels, as a class or ignore."
-        )
-
-
-def _total(masks: list[MaskStats], colours: bool) -> Counter:
-    counts: Counter = Counter()
-    for mask in masks:
-        for key, count in zip(mask.read_as(colours), mask.counts, strict=True):
-            counts[key] += count
-    return counts
-
-
-def _some(values: list, most: int = 8) -> str:
-    return ", ".join(map(str, values[:most])) + (
-        f" and {len(values) - most} more" if len(values) > most else ""
-    )
-
-
-def _listing(counts: Counter, colours: bool, total: int = 0) -> str:
-    total = total or counts.total()
-    listed = [f"{raw_name(raw, colours)} ({count / total:.1%})" for raw, count in counts.most_common(SHOWN)]
-    return _some(listed + [""] * (len(counts) - len(listed)), len(listed))
-
-
-def _suggest(counts: Counter, num_classes: int, colours: bool) -> str:
-    """A map to start from: the commonest raw values, ascending."""
-    common = sorted(raw for raw, _ in counts.most_common(num_classes))
-    others = sorted(set(counts) - set(common))[:4]
-    pairs = [*((raw, i) for i, raw in enumerate(common)), *((raw, "ignore") for raw in others)]
-    return ",".join(f"{raw_name(raw, colours)}={id_}" for raw, id_ in pairs)
+    """The colour of each palette index in use; an index of two colours may be two classes, and is refused."""
+    seen = sorted({row for mask in masks for row in zip(mask.keys, mask.colours or [], strict=False)})
+    for (index, colour), (again, other) in zip(seen, seen[1:], strict=False):
+        if index == again:
+            raise ValueError(
+                f"palettes differ between masks: index {index} is #{colour:06x} in one and #{other:06x} in "
+                "another. Map values in labels if the indices count, or #colours if the colours do."
+            )
+    return dict(seen)

@@ -6,7 +6,6 @@ columns, they may differ by the rounding between the two.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,10 @@ from PIL import Image
 from .reading import (
     MAX_PIXELS,
     DataError,
+    _count_pages,
+    _damage,
     _mask_values,
+    _naming,
     _npy,
     _open,
     _orientation,
@@ -80,7 +82,7 @@ class LargePicture:
             pages = 1
             if self.path.suffix.lower() != ".npy":
                 self._picture = _open(self.path, self.max_pixels, None)
-                pages = 1 if self._picture.format == "MPO" else getattr(self._picture, "n_frames", 1)
+                pages = _count_pages(self._picture)
             if self._picture is None or pages > 1:
                 self._array = self._whole()
                 self.size = self._array.shape[:2]
@@ -166,24 +168,16 @@ class LargeMask(LargePicture):
 
     def __init__(self, path, as_colours: bool = False, max_pixels: int = MAX_PIXELS):
         super().__init__(path, 0, max_pixels)
-        self.as_colours = as_colours
+        self.as_colours, self.damage = as_colours, ""
+
+    def __enter__(self):
+        super().__enter__()
+        if self._picture is not None:
+            self.damage = _damage(self._picture, self.path, None)
+        return self
 
     def _whole(self) -> np.ndarray:
         return read_mask(self.path, self.as_colours, self.max_pixels)
 
     def _convert(self, part: Image.Image) -> np.ndarray:
         return _mask_values(part, self.as_colours)
-
-
-@contextmanager
-def _naming(path) -> Iterator[None]:
-    """Errors about a file's content name the file."""
-    try:
-        yield
-    except DataError as error:
-        text = str(error)
-        raise DataError(text if text.startswith(str(path)) else f"{path}: {text}") from None
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # decoders raise a dozen types on broken files
-        raise DataError(f"{path}: cannot be read ({error}). Save it again, or remove it.") from error

@@ -1,5 +1,7 @@
 """Which mask belongs to which picture: by the name before the dot, across file types; never by a pattern."""
 
+import os
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +31,9 @@ class Problems:
         self.root = root
         self.rows: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
 
-    def add(self, kind: str, file: Path, finding: str, remedy: str) -> None:
+    def add(self, kind: str, file: Path | str, finding: str, remedy: str) -> None:
         """Note one problem."""
-        inside = file != self.root and file.is_relative_to(self.root)
-        self.rows[kind].append((str(file.relative_to(self.root) if inside else file), finding, remedy))
+        self.rows[kind].append((str(file).removeprefix(f"{self.root}{os.sep}"), finding, remedy))
 
     def raise_any(self) -> None:
         """Raise one DataError that lists all; do nothing where there are none."""
@@ -54,35 +55,36 @@ def pair_split(
     folder: Path, mask_suffix: str, problems: Problems, warnings: list[str]
 ) -> list[tuple[Path, Path]]:
     """(picture, mask) of all that `folder`/images and `folder`/masks hold."""
-    images_folder, masks_folder = folder / "images", folder / "masks"
-    files = {}
-    for each in (images_folder, masks_folder):
+    stems = []
+    for each in (folder / "images", folder / "masks"):
         if not each.is_dir():
-            layout = "the layout is data_root/{train,val}/{images,masks}"
-            problems.add("no such folder", each, "is not a folder", layout)
+            remedy = "the layout is data_root/{train,val}/{images,masks}"
+            problems.add("no such folder", each, "is not a folder", remedy)
             continue
-        files[each] = list_pictures(each)
-        if not files[each]:
+        files = list_pictures(each)
+        if not files:
             problems.add("empty", each, "holds no picture", f"put {' '.join(SUFFIXES)} files there")
-        names = [path.name for path in each.iterdir() if not is_hidden(path)]
-        others = sorted(name for name in names if Path(name).suffix.lower() not in SUFFIXES)
+        for path in files:
+            if re.search("[\ud800-\udfff]", path.name):  # how Python shows bytes that are no text
+                problems.add("names", path, "its name is no UTF-8", "rename it")
+        others = [path for path in each.iterdir() if path.suffix.lower() not in SUFFIXES]
+        others = sorted(path.name for path in others if not is_hidden(path))
         if others:
             warnings.append(f"{each}: left out {len(others)} entries that are no pictures ({others[0]}, ...)")
-    if len(files) < 2:
+        stems.append(_by_stem(files, problems, f"two {each.name} of one name"))
+    if len(stems) < 2:
         return []
-    images = _by_stem(files[images_folder], problems, "two pictures of one name")
-    masks = _by_stem(files[masks_folder], problems, "two masks of one name")
+    images, masks = stems
     wanted = {stem + mask_suffix: path for stem, path in images.items()}
     suffix = _likely_suffix(images, masks, wanted)
     hint = f"set mask_suffix to '{suffix}'" if suffix is not None else ""
     for stem in [stem for stem in wanted if stem not in masks]:
-        problems.add(
-            "no mask", wanted[stem], f"no masks/{stem}.*", hint or "add the mask, or remove the picture"
-        )
+        remedy = hint or "add the mask, or remove the picture"
+        problems.add("no mask", wanted[stem], f"no masks/{stem}.*", remedy)
     for stem in [stem for stem in masks if stem not in wanted]:
         lacks = f"no images/{stem.removesuffix(mask_suffix)}.*"
         problems.add("no picture", masks[stem], lacks, hint or "add the picture, or remove the mask")
-    return [(wanted[stem], masks[stem]) for stem in wanted if stem in masks]
+    return [(image, masks[stem]) for stem, image in wanted.items() if stem in masks]
 
 
 def pair_truth(images: list[Path], truth_folder, mask_suffix: str, encoding: Encoding) -> list[Path]:
@@ -118,6 +120,8 @@ def _truth_problem(image: Path, path: Path, encoding: Encoding) -> str | None:
         with LargeMask(path, encoding.as_colours) as mask:
             for _, raw in mask.strips():
                 encoding.encode(raw)
+            if mask.damage and encoding.is_dense:
+                return f"{mask.damage}, so that class ids may have changed unseen"
     except ValueError as error:
         return str(error).removeprefix(f"{path}: ")
     try:

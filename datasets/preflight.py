@@ -6,11 +6,11 @@ What was learned of a file is kept by path, size and time, so that the next star
 import contextlib
 import hashlib
 import json
-import os
+import math
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,11 @@ from .labels import (
     RARE,
     UNKNOWN,
     Encoding,
-    LabelMap,
     MaskStats,
     choose_encoding,
+    listing,
+    nearest,
     pack,
-    pack_one,
     parse_labels,
     raw_name,
 )
@@ -31,9 +31,9 @@ from .pairing import Pair, Problems, pair_split
 from .reading import DataError, load_image, load_mask
 
 SPLITS = ("train", "val")
-VERSION = 1  # of what is remembered of a file; raise it when reading or counting changes
+VERSION = 2  # of what is remembered of a file; raise it when reading or counting changes
 MANY_STRAYS = 8  # a mask with more values outside the classes is taken for a lossy one
-MOST_KEYS = 4096  # raw values remembered of one mask; one with more is lossy, and the commonest tell enough
+MOST_KEYS = 512  # raw values remembered of one mask; one with more is lossy, and the commonest tell enough
 
 
 @dataclass
@@ -52,33 +52,24 @@ class DataReport:
     def describe(self) -> str:
         """What a user wants to see before a run: counts, sizes, encoding, class shares, imbalance."""
         lines = []
-        for split in SPLITS:
-            pairs = getattr(self, split)
-            sizes = Counter((pair.height, pair.width) for pair in pairs)
-            (height, width), _ = sizes.most_common(1)[0]
-            if len(sizes) == 1:
-                size = f"{height} x {width}"
-            else:
-                small, large = min(sizes, key=lambda s: s[0] * s[1]), max(sizes, key=lambda s: s[0] * s[1])
-                size = f"{len(sizes)} sizes from {small[0]} x {small[1]} to {large[0]} x {large[1]}"
+        for split, pairs in (("train", self.train), ("val", self.val)):
+            sizes = sorted({(pair.height, pair.width) for pair in pairs}, key=math.prod)
+            small, large = (f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
+            size = small if len(sizes) == 1 else f"{len(sizes)} sizes from {small} to {large}"
             lines.append(f"{split}: {len(pairs)} pictures, {size}")
         lines.append(f"masks: {self.encoding.describe()}")
-        shares = {
-            split: self.class_pixels[split] / max(1, self.class_pixels[split].sum()) for split in SPLITS
-        }
-        width = max(len(name) for name in self.class_names)
-        for i, name in enumerate(self.class_names):
-            lines.append(f"  {name:{width}}  train {shares['train'][i]:7.2%}  val {shares['val'][i]:7.2%}")
-        present = shares["train"][shares["train"] > 0]
-        if len(present) > 1 and present.max() > 20 * present.min():
-            rare = self.class_names[int(np.argmin(np.where(shares["train"] > 0, shares["train"], 2)))]
-            times = f"{present.max() / present.min():.0f} times"
+        train, val = (self.class_pixels[split] / max(1, self.class_pixels[split].sum()) for split in SPLITS)
+        width = max(map(len, self.class_names))
+        for name, in_train, in_val in zip(self.class_names, train, val, strict=True):
+            lines.append(f"  {name:{width}}  train {in_train:7.2%}  val {in_val:7.2%}")
+        rarest = np.argmin(np.where(train > 0, train, np.inf))
+        if train.max() > 20 * train[rarest]:
+            times, name = f"{train.max() / train[rarest]:.0f} times", self.class_names[rarest]
             lines.append(
-                f"hint: the commonest class has {times} the pixels of {rare}; loss joint or weighted_ce, or "
+                f"hint: the commonest class has {times} the pixels of {name}; loss joint or weighted_ce, or "
                 "class_weights auto, help rare classes"
             )
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
 def check_data(
@@ -89,9 +80,8 @@ def check_data(
     class_names=None,
     class_colors=None,
     in_channels: int = 3,
-    labels="auto",
+    labels: str = "auto",
     mask_suffix: str = "",
-    num_workers: int | None = None,
     cache_dir=None,
     progress=None,
 ) -> DataReport:
@@ -106,7 +96,6 @@ def check_data(
         in_channels: channels that pictures must be convertible to.
         labels: the setting, see `labels.parse_labels`.
         mask_suffix: what a mask's stem has after its picture's: '_mask' for a.jpg and a_mask.png.
-        num_workers: threads; None for one a core.
         cache_dir: folder to remember results in; None to remember nothing.
         progress: callable (iterable, total, description) → iterable, for a bar.
 
@@ -120,296 +109,212 @@ def check_data(
         raise DataError(f"data_root {root} is not a folder. Give the folder that holds train/ and val/.")
     problems, warnings = Problems(root), []
     pairs = {split: pair_split(root / split, mask_suffix, problems, warnings) for split in SPLITS}
-    snap_to = _snap_colours(wanted, class_colors)
-    memory = _memory_of(root, in_channels, snap_to, cache_dir)
-    found = _scan_all(pairs, memory, in_channels, snap_to, num_workers, progress)
-    good = {split: _check_pairs(pairs[split], found, problems) for split in SPLITS}
-    stats = {mask: _stats(found[mask]) for split in SPLITS for _, mask in good[split]}
-    if not stats:
+    declared = [raw for raw, _ in wanted.table if wanted.colours]
+    declared += [int(pack(np.array(colour, np.uint8))) for colour in class_colors or []]
+    snap_to = sorted(set(declared)) if wanted.snap else []
+    setup = hashlib.sha256(json.dumps([VERSION, str(root.resolve()), in_channels, snap_to]).encode())
+    memory = Path(cache_dir, f"check-{setup.hexdigest()[:16]}.json") if cache_dir else None
+    names = {file: "/".join(file.parts[-3:]) for split in SPLITS for pair in pairs[split] for file in pair}
+    found = _look_at(names, memory, in_channels, snap_to, progress)
+    good = {
+        split: [pair for files in pairs[split] if (pair := _match(*files, found, problems))]
+        for split in SPLITS
+    }
+    masks = {pair.mask: MaskStats(**found[pair.mask]["stats"]) for split in SPLITS for pair in good[split]}
+    if not masks:
         problems.raise_any()
     try:
-        encoding, more = choose_encoding(
-            list(stats.values()), num_classes, ignore_index, wanted, class_colors
-        )
+        encoding, doubts = choose_encoding([*masks.values()], num_classes, ignore_index, labels, class_colors)
     except ValueError as error:
         problems.add("mask values", root, str(error), "as said")
         problems.raise_any()
-    names = list(class_names) if class_names else [f"class {i}" for i in range(num_classes)]
-    totals, image_pixels = {}, np.zeros(num_classes, np.int64)
-    for split in SPLITS:
-        counts = [_count_classes(mask, stats[mask], encoding, problems) for _, mask in good[split]]
-        totals[split] = np.sum(counts, axis=0) if counts else np.zeros(num_classes, np.int64)
-        if split == "train":
-            image_pixels = sum((np.where(count > 0, count.sum(), 0) for count in counts), image_pixels)
+    raws = np.array(list({raw for mask in masks.values() for raw in mask.read_as(encoding.as_colours)}))
+    ids = dict(zip(raws.tolist(), encoding.lookup(raws).tolist(), strict=True))
+    counts = {
+        split: np.array(
+            [_count_classes(pair.mask, masks[pair.mask], encoding, ids, problems) for pair in good[split]]
+        )
+        for split in SPLITS
+    }
     problems.raise_any()
     if memory and not memory.exists():
-        _remember(memory, pairs, found)
+        _remember(memory, names, found)
+    class_names = list(class_names or (f"class {i}" for i in range(num_classes)))
     for split, does in zip(SPLITS, ("learned", "scored"), strict=True):
-        absent = [names[i] for i in np.flatnonzero(totals[split] == 0)]
+        absent = [class_names[i] for i in np.flatnonzero(counts[split].sum(0) == 0)]
         if absent:
-            more.append(f"{split}: no pixel of {', '.join(absent)}; what never occurs cannot be {does}")
+            doubts.append(f"{split}: no pixel of {', '.join(absent)}; what never occurs cannot be {does}")
+    in_train = counts["train"]
     return DataReport(
-        *([_pair(image, mask, found) for image, mask in good[split]] for split in SPLITS),
+        *good.values(),
         encoding=encoding,
-        class_pixels=totals,
-        class_image_pixels=image_pixels,
-        fingerprint=_fingerprint(good, found, encoding),
-        warnings=warnings + more + _leaks(root, good, found) + _hidden_turns(good, found),
-        class_names=names,
+        class_pixels={split: counts[split].sum(0) for split in SPLITS},
+        class_image_pixels=((in_train > 0) * in_train.sum(1, keepdims=True)).sum(0),
+        fingerprint=_fingerprint(good, names, found, encoding),
+        warnings=warnings + doubts + _doubtful_pictures(good, names, found),
+        class_names=class_names,
     )
 
 
-def _snap_colours(wanted: LabelMap, class_colors) -> list[int]:
-    """The declared colours, when lossy colour masks are to be snapped."""
-    declared = [raw for raw, _ in wanted.table] if wanted.colours else []
-    return declared + [pack_one(colour) for colour in class_colors or []] if wanted.snap else []
-
-
-def _memory_of(root: Path, in_channels: int, snap_to, cache_dir) -> Path | None:
-    """The file that keeps what was found: one for each folder and way of reading it."""
-    setup = json.dumps([VERSION, str(root.resolve()), in_channels, snap_to])
-    name = f"check-{hashlib.sha256(setup.encode()).hexdigest()[:16]}.json"
-    return Path(cache_dir) / name if cache_dir else None
-
-
-def _scan_all(pairs, memory: Path | None, in_channels, snap_to, num_workers, progress) -> dict[Path, dict]:
+def _look_at(names: dict[Path, str], memory: Path | None, in_channels, snap_to, progress) -> dict[Path, dict]:
     """What there is to know of each file, from memory where size and time are as they were."""
-    masks = {mask for split in SPLITS for _, mask in pairs[split]}
-    names = {file: name for split in SPLITS for file, name in _named(split, pairs[split])}
-    files = list(names)
-    stamps = {file: _stamp(file) for file in files}
+    stamps = {file: _stamp(file) for file in names}
     known = _recall(memory)
-    found = {}
-    for file, name in names.items():
-        if name in known and known[name]["stamp"] == stamps[file]:
-            found[file] = known[name]
-    todo = [file for file in files if file not in found]
+    same = [file for file, name in names.items() if name in known and known[name]["stamp"] == stamps[file]]
+    found = {file: known[names[file]] for file in same}
+    todo = [file for file in names if file not in found]
 
-    def scan(file: Path) -> tuple[Path, dict]:
-        try:
-            seen = _scan_mask(file, snap_to) if file in masks else _scan_image(file, in_channels)
-        except DataError as error:
-            seen = {"error": str(error).removeprefix(f"{file}: ")}
-        except OSError as error:
-            seen = {"error": f"cannot be read ({error.strerror})"}
-        return file, {"stamp": stamps[file], **seen}
+    def look(file: Path) -> tuple[Path, dict]:
+        return file, {"stamp": stamps[file], **_scan(file, in_channels, snap_to)}
 
     if todo:
-        with ThreadPoolExecutor(num_workers or _cores()) as pool:
-            results = _bounded_map(pool, scan, todo)
+        with ThreadPool() as pool:
+            results = pool.imap(look, todo)
             found.update(progress(results, len(todo), "checking data") if progress else results)
         if memory and memory.parent.exists():  # data that is refused makes no folder
-            _remember(memory, pairs, found)
+            _remember(memory, names, found)
     return found
 
 
-def _named(split: str, pairs: list[tuple[Path, Path]]):
-    """Every file with its name below the root, which is the same wherever that lies."""
-    for image, mask in pairs:
-        yield image, f"{split}/images/{image.name}"
-        yield mask, f"{split}/masks/{mask.name}"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _bounded_map(pool: ThreadPoolExecutor, function, items: list, ahead: int = 64):
-    """Results in order, with no more than `ahead` jobs under way, whatever the list's length."""
-    jobs, items = [], iter(items)
-    for item in items:
-        jobs.append(pool.submit(function, item))
-        if len(jobs) >= ahead:
-            yield jobs.pop(0).result()
-    for job in jobs:
-        yield job.result()
-
-
-def _stamp(file: Path) -> list[int] | None:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
+def _stamp(file: Path) -> list[int]:
+    status = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere
     return [status.st_size, status.st_mtime_ns]
 
 
-def _recall(memory: Path | None) -> dict:
+def _recall(memory: Path | None) -> dict[str, dict]:
     """What was remembered; nothing where the file is missing or broken: then it is learned anew."""
     try:
         known = json.loads(memory.read_text(encoding="utf-8")) if memory else {}
-    except (OSError, ValueError):
+        return {name: seen for name, seen in known.items() if "stamp" in seen}
+    except (OSError, ValueError, TypeError, AttributeError):
         return {}
-    return (
-        known
-        if isinstance(known, dict) and all(isinstance(v, dict) and "stamp" in v for v in known.values())
-        else {}
-    )
 
 
-def _remember(memory: Path, pairs, found: dict[Path, dict]) -> None:
-    """Write aside, then rename; without room or right to write, the next start only takes longer."""
-    names = {file: name for split in SPLITS for file, name in _named(split, pairs[split])}
-    entries = {names[file]: entry for file, entry in found.items() if "error" not in entry}
-    aside = memory.with_name(f".{memory.name}.{os.getpid()}")
-    try:
+def _remember(memory: Path, names: dict[Path, str], found: dict[Path, dict]) -> None:
+    """Half a file is as good as none; without room or right to write, the next start only takes longer."""
+    entries = {names[file]: seen for file, seen in found.items() if "error" not in seen}
+    with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(entries, separators=(",", ":")), encoding="utf-8")
-        os.replace(aside, memory)
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink()
+        memory.write_text(json.dumps(entries, separators=(",", ":")), encoding="utf-8")
 
 
-def _scan_image(file: Path, in_channels: int) -> dict:
-    data = file.read_bytes()
-    _, (height, width), orientation = load_image(file, in_channels, reduce_to=(1, 1), data=data)
-    return {"crc": zlib.crc32(data), "height": height, "width": width, "orientation": orientation}
+def _scan(file: Path, in_channels: int, snap_to: list[int]) -> dict:
+    """What is worth knowing of a file, in plain values, or what is wrong with it."""
+    try:
+        data = file.read_bytes()
+        seen = {"crc": zlib.crc32(data)}
+        if file.parent.name == "masks":
+            size, seen["stats"] = _count_mask(file, data, snap_to)
+        else:
+            _, size, seen["orientation"] = load_image(file, in_channels, reduce_to=(1, 1), data=data)
+        return {"size": list(size), **seen}
+    except DataError as error:
+        return {"error": str(error).removeprefix(f"{file}: ")}
+    except OSError as error:
+        return {"error": f"cannot be read ({error.strerror})"}
 
 
-def _scan_mask(file: Path, snap_to: list[int]) -> dict:
-    data = file.read_bytes()
-    raw, palette, lossy = load_mask(file, data=data)
-    kind = "palette" if palette is not None else "grey" if raw.ndim == 2 else "colour"
-    if kind == "colour" and (raw == raw[..., :1]).all():
-        kind = "grey_rgb"
-        keys, counts = _count(raw[..., 0])
-        keys = keys * 0x010101
+def _count_mask(file: Path, data: bytes, snap_to: list[int]) -> tuple[tuple[int, int], dict]:
+    """Height and width of a mask, and its `MaskStats` as a dict."""
+    raw, palette, damage = load_mask(file, data=data)
+    kind = "grey" if palette is None else "palette"
+    if raw.ndim == 3 and (raw == raw[..., :1]).all():
+        raw = raw[..., 0]
+    elif raw.ndim == 3:
+        kind, raw = "colour", pack(raw)
+    if raw.dtype == np.uint8:
+        counts = np.bincount(raw.ravel(), minlength=256)
+        keys = np.flatnonzero(counts)
+        counts = counts[keys]
     else:
-        keys, counts = _count(pack(raw) if raw.ndim == 3 else raw)
-    if len(keys) > MOST_KEYS and kind == "colour" and snap_to:
-        table = tuple((colour, i) for i, colour in enumerate(sorted(set(snap_to))))
-        nearest = Encoding("colours", len(table), -1, table, snap=True)
-        rare = counts <= RARE * raw[..., 0].size
-        keys[rare] = np.array([colour for colour, _ in table])[nearest.lookup(keys[rare])]
+        keys, counts = np.unique(raw, return_counts=True)
+    if kind == "colour" and snap_to:  # of a JPEG's thousands of colours remember what they will become
+        rare = counts <= RARE * raw.size
+        keys[rare] = nearest(keys[rare], snap_to, colours=True)[0]
         keys, inverse = np.unique(keys, return_inverse=True)
         counts = np.bincount(inverse, counts).astype(np.int64)
     if len(keys) > MOST_KEYS:
         common = np.sort(np.argsort(-counts, kind="stable")[:MOST_KEYS])
         keys, counts = keys[common], counts[common]
-    seen = {
-        "crc": zlib.crc32(data),
-        "height": raw.shape[0],
-        "width": raw.shape[1],
-        "kind": kind,
-        "lossy": lossy,
-    }
-    seen |= {"keys": keys.tolist(), "counts": counts.tolist()}
-    if palette is not None:
-        seen["colours"] = [palette[key] if key < len(palette) else 0 for key in seen["keys"]]
-    return seen
+    keys = keys.tolist()
+    colours = palette and [palette[key] if key < len(palette) else 0 for key in keys]
+    return raw.shape, dict(kind=kind, keys=keys, counts=counts.tolist(), colours=colours, damage=damage)
 
 
-def _count(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values, ascending, and how often each occurs."""
-    if values.dtype == np.uint8:
-        counts = np.bincount(values.ravel(), minlength=256)
-        keys = np.flatnonzero(counts)
-        return keys, counts[keys]
-    return np.unique(values, return_counts=True)
+def _match(image: Path, mask: Path, found: dict, problems: Problems) -> Pair | None:
+    """The pair, if both files are readable and of one size; what is wrong is noted."""
+    broken = [file for file in (image, mask) if "error" in found[file]]
+    for file in broken:
+        problems.add("unreadable", file, found[file]["error"], "mend or remove it with its pair")
+    if broken:
+        return None
+    size, other = found[image]["size"], found[mask]["size"]
+    if size == other:
+        return Pair(image, mask, *size, stamp=(*found[image]["stamp"], *found[mask]["stamp"]))
+    finding, remedy = "mask {} x {}, picture {} x {}".format(*other, *size), "make them one size"
+    if size == other[::-1]:
+        by_tag = found[image]["orientation"] >= 5
+        finding += ", which its EXIF tag turned" if by_tag else ": one of them is turned"
+        remedy = "turn the mask as viewers show the picture" if by_tag else "turn one of them"
+    problems.add("sizes differ", mask, finding, remedy)
+    return None
 
 
-def _stats(seen: dict) -> MaskStats:
-    return MaskStats(seen["kind"], seen["keys"], seen["counts"], seen.get("colours"), seen["lossy"])
-
-
-def _check_pairs(pairs: list, found: dict, problems: Problems) -> list[tuple[Path, Path]]:
-    """The pairs whose files are readable and of one size."""
-    good = []
-    for image, mask in pairs:
-        broken = [file for file in (image, mask) if "error" in found[file]]
-        for file in broken:
-            problems.add("unreadable", file, found[file]["error"], "mend or remove it with its pair")
-        if broken:
-            continue
-        size, other = ((found[file]["height"], found[file]["width"]) for file in (image, mask))
-        if size == other:
-            good.append((image, mask))
-            continue
-        finding, remedy = f"mask {other[0]} x {other[1]}, picture {size[0]} x {size[1]}", "make them one size"
-        if size == other[::-1]:
-            by_tag = found[image]["orientation"] >= 5
-            finding += ", which its EXIF tag turned" if by_tag else ": one of them is turned"
-            remedy = "turn the mask as viewers show the picture" if by_tag else "turn one of them"
-        problems.add("sizes differ", mask, finding, remedy)
-    return good
-
-
-def _count_classes(mask: Path, seen: MaskStats, encoding: Encoding, problems: Problems) -> np.ndarray:
+def _count_classes(mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, problems: Problems):
     """Pixels of each class in one mask; what has no class, or nothing but ignored pixels, is a problem."""
-    counts = np.zeros(encoding.num_classes, np.int64)
-    keys, pixels = np.array(seen.read_as(encoding.as_colours), np.int64), np.array(seen.counts, np.int64)
-    positions = encoding.lookup(keys)
-    unknown = positions == UNKNOWN
-    if seen.lossy and encoding.kind == "indices":  # ids lie too close together for damage to be seen
-        problems.add(
-            "lossy masks", mask, "is a JPEG, which alters class ids unseen", "export it again as PNG"
-        )
-    elif unknown.any():
-        _explain_strays(mask, keys[unknown], pixels[unknown], pixels.sum(), seen.lossy, encoding, problems)
-    else:
-        ids = np.array([id_ for _, id_ in encoding.table])[positions]
-        valid = ids != encoding.ignore_index
-        np.add.at(counts, ids[valid], pixels[valid])
-        if not counts.any():
-            problems.add(
-                "nothing to learn", mask, "all pixels are ignored", "remove the pair, or check ignore_index"
-            )
+    counts, strays, colours = [0] * encoding.num_classes, Counter(), encoding.as_colours
+    for raw, count in zip(stats.read_as(colours), stats.counts, strict=True):
+        if ids[raw] == UNKNOWN:
+            strays[raw] += count
+        elif ids[raw] != encoding.ignore_index:
+            counts[ids[raw]] += count
+    if stats.damage and encoding.is_dense:
+        finding = f"{stats.damage}, so that class ids may have changed unseen"
+        problems.add("lossy masks", mask, finding, "export it again as an 8-bit PNG")
+    elif strays:
+        common, share = [raw for raw, _ in strays.most_common(64)], strays.total() / sum(stats.counts)
+        if stats.damage or len(strays) > MANY_STRAYS:
+            near, _ = nearest(np.array(common), dict(encoding.table), colours)
+            near = ", ".join(raw_name(raw, colours) for raw in [*dict.fromkeys(near.tolist())][:4])
+            many = f"{len(strays)} or more" if len(stats.keys) == MOST_KEYS else len(strays)
+            finding = f"{many} stray values, {share:.2%} of pixels, near {near}: JPEG or smoothing"
+            remedy = "export as PNG without smoothing, or set labels to snap"
+            problems.add("lossy masks", mask, finding, remedy)
+        else:
+            finding = f"{listing(strays, colours)}, {share:.2%} of pixels"
+            remedy = f"mend it, or name it in labels ('{raw_name(common[0], colours)}=ignore')"
+            problems.add("values outside the classes", mask, finding, remedy)
+    elif not any(counts):
+        remedy = "remove the pair, or check ignore_index"
+        problems.add("nothing to learn", mask, "all pixels are ignored", remedy)
     return counts
 
 
-def _explain_strays(
-    mask: Path, strays, pixels, total, lossy: bool, encoding: Encoding, problems: Problems
-) -> None:
-    """Values outside the classes: a class that nobody named, or the traces of JPEG and smoothing."""
-    order = np.argsort(-pixels, kind="stable")
-    strays, pixels, share = strays[order].tolist(), pixels[order], f"{pixels.sum() / total:.2%} of pixels"
-    if lossy or len(strays) > MANY_STRAYS:
-        near = dict.fromkeys(raw_name(encoding.nearest(raw), encoding.as_colours) for raw in strays[:64])
-        finding = f"{len(strays)} stray values, {share}, near {', '.join([*near][:4])}: JPEG or smoothing"
-        problems.add("lossy masks", mask, finding, "export as PNG without smoothing, or set labels to snap")
-        return
-    finding = f"{encoding.name_strays(list(zip(strays, pixels, strict=True)))}, {share}"
-    remedy = f"mend it, or name it in labels ('{raw_name(strays[0], encoding.as_colours)}=ignore')"
-    problems.add("values outside the classes", mask, finding, remedy)
+def _doubtful_pictures(good: dict, names: dict, found: dict) -> list[str]:
+    """Warnings of pictures in both splits, and of those that EXIF turns without a change of size."""
+    warnings = []
+    train, val = ([pair.image for pair in good[split]] for split in SPLITS)
+    content = {image: (found[image]["stamp"][0], found[image]["crc"]) for image in train + val}
+    known = {content[image]: image for image in train}
+    both = [image for image in val if content[image] in known]
+    if both:
+        pair = f"{names[known[content[both[0]]]]} is {names[both[0]]}"
+        warnings.append(f"{len(both)} pictures are in train and val ({pair}, ...); scores will be too good")
+    turned = [image for image in train + val if found[image]["orientation"] != 1]
+    hidden = [i for i in turned if found[i]["orientation"] < 5 or len(set(found[i]["size"])) == 1]
+    if hidden:
+        warnings.append(
+            f"{len(hidden)} pictures carry an EXIF rotation that sizes do not show ({hidden[0].name}, ...); "
+            "they are turned as viewers show them, and their masks must be drawn so"
+        )
+    return warnings
 
 
-def _leaks(root: Path, good: dict, found: dict) -> list[str]:
-    """Pictures that are in both splits, by content."""
-    identity = {(found[image]["stamp"][0], found[image]["crc"]): image for image, _ in good["train"]}
-    both = [
-        (identity[key], image)
-        for image, _ in good["val"]
-        if (key := (found[image]["stamp"][0], found[image]["crc"])) in identity
-    ]
-    if not both:
-        return []
-    first, second = (path.relative_to(root) for path in both[0])
-    return [f"{len(both)} pictures are in train and val ({first} is {second}, ...); scores will be too good"]
-
-
-def _hidden_turns(good: dict, found: dict) -> list[str]:
-    """Pictures that EXIF turns without a change of size, so that a mask drawn the other way goes unseen."""
-    turned = [image for split in SPLITS for image, _ in good[split] if found[image]["orientation"] != 1]
-    seen = {image: found[image] for image in turned}
-    hidden = [image for image, it in seen.items() if it["orientation"] < 5 or it["height"] == it["width"]]
-    if not hidden:
-        return []
-    return [
-        f"{len(hidden)} pictures carry an EXIF rotation that sizes do not show ({hidden[0].name}, ...); they "
-        "are turned as viewers show them, and their masks must be drawn so"
-    ]
-
-
-def _pair(image: Path, mask: Path, found: dict) -> Pair:
-    stamp = (*found[image]["stamp"], *found[mask]["stamp"])
-    return Pair(image, mask, found[image]["height"], found[image]["width"], stamp)
-
-
-def _fingerprint(good: dict, found: dict, encoding: Encoding) -> dict[str, str]:
+def _fingerprint(good: dict, names: dict, found: dict, encoding: Encoding) -> dict[str, str]:
     """Changes with any name, content or meaning; not with the folder's place or the files' times."""
-    parts = {"mask encoding": hashlib.sha256(json.dumps(encoding.to_dict(), sort_keys=True).encode())}
+    parts = {"mask encoding": json.dumps(encoding.to_dict(), sort_keys=True)}
     for split, part in zip(SPLITS, ("training files", "validation files"), strict=True):
-        parts[part] = hashlib.sha256()
-        for file, name in _named(split, good[split]):
-            parts[part].update(f"{name}|{found[file]['stamp'][0]}|{found[file]['crc']}\n".encode())
-    return {part: digest.hexdigest()[:32] for part, digest in parts.items()}
+        files = [file for pair in good[split] for file in (pair.image, pair.mask)]
+        lines = (f"{names[file]}|{found[file]['stamp'][0]}|{found[file]['crc']}\n" for file in files)
+        parts[part] = "".join(lines)
+    return {part: hashlib.sha256(text.encode()).hexdigest()[:32] for part, text in parts.items()}

@@ -10,6 +10,7 @@ grey page a channel.
 import glob
 import os
 import re
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -30,9 +31,7 @@ class DataError(ValueError):
 
 def natural_key(text: str) -> list:
     """Sort key that puts img2 before img10."""
-    return [
-        (0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", text.lower())
-    ]
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", text.lower()))]
 
 
 def is_hidden(path: Path) -> bool:
@@ -40,14 +39,19 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith((".", "~$")) or path.name.lower() in SYSTEM_FILES
 
 
+def _pictures(paths) -> list[Path]:
+    """Those that are named as pictures and not hidden, in natural order."""
+    found = [path for path in paths if path.suffix.lower() in SUFFIXES and not is_hidden(path)]
+    return sorted(found, key=lambda path: natural_key(path.as_posix()))
+
+
 def list_pictures(folder: Path, recursive: bool = False) -> list[Path]:
     """Every picture file in `folder`, in natural order; hidden files and folders are left out."""
-    found = []
+    paths = []
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
-        paths = (Path(parent, name) for name in files)
-        found += [path for path in paths if path.suffix.lower() in SUFFIXES and not is_hidden(path)]
-    return sorted(found, key=lambda path: natural_key(str(path)))
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        paths += [Path(parent, name) for name in files]
+    return _pictures(paths)
 
 
 def find_images(path, recursive: bool = False) -> list[Path]:
@@ -58,18 +62,12 @@ def find_images(path, recursive: bool = False) -> list[Path]:
         DataError: something is there, but no picture among it.
     """
     path = Path(path).expanduser()
+    if not path.exists() and not glob.has_magic(str(path)):
+        raise FileNotFoundError(f"{path}: there is no such file. Give a picture, a folder or a pattern.")
     if path.is_dir():
         found = list_pictures(path, recursive)
-    elif path.exists():
-        found = [path] if path.suffix.lower() in SUFFIXES else []
-    elif glob.has_magic(str(path)):
-        matches = (Path(match) for match in glob.glob(str(path), recursive=True))
-        found = [match for match in matches if match.suffix.lower() in SUFFIXES and not is_hidden(match)]
-        found.sort(key=lambda match: natural_key(match.as_posix()))
     else:
-        raise FileNotFoundError(
-            f"{path}: there is no such file or folder. Give a picture, a folder or a pattern."
-        )
+        found = _pictures([path] if path.exists() else map(Path, glob.glob(str(path), recursive=True)))
     if not found:
         below = "" if recursive else " (folders below it are searched with recursive)"
         raise DataError(f"{path}: no picture found; looked for {' '.join(SUFFIXES)}{below}.")
@@ -101,37 +99,21 @@ def load_image(
         (array, (height, width), orientation): orientation is the EXIF number, 1 for none.
     """
     path = Path(path)
-    try:
+    with _naming(path):
         if path.suffix.lower() == ".npy":
             array = _npy_image(path, in_channels, max_pixels, data)
             return array, array.shape[:2], 1
         with _open(path, max_pixels, data) as picture:
-            orientation = _orientation(picture)
-            size = None  # the array's, but for a reduced JPEG
-            pages = getattr(picture, "n_frames", 1)
-            if pages > 1 and picture.format != "MPO":  # MPO: a phone's JPEG with a second view behind it
-                array = _pages(picture, pages, in_channels)
-                return array, array.shape[:2], orientation
+            orientation, size = _orientation(picture), None
             if reduce_to is not None and picture.format in ("JPEG", "MPO"):
-                width, height = picture.size if orientation < 5 else picture.size[::-1]
-                size = (height, width)
-                reduce_to = reduce_to((height, width)) if callable(reduce_to) else reduce_to
-                box = reduce_to if orientation < 5 else reduce_to[::-1]
-                picture.draft(None, (max(1, box[1]), max(1, box[0])))
-            if orientation != 1:
-                picture = ImageOps.exif_transpose(picture)
-            array = np.ascontiguousarray(_to_channels(picture, in_channels))
+                upright = 1 if orientation >= 5 else -1  # from (width, height) of the file, and back
+                size = picture.size[::upright]
+                picture.draft(None, (reduce_to(size) if callable(reduce_to) else reduce_to)[::upright])
+            if _count_pages(picture) > 1:
+                array = _pages(picture, in_channels)
+            else:
+                array = np.ascontiguousarray(_to_channels(_upright(picture), in_channels))
             return array, size or array.shape[:2], orientation
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise
-    except (
-        Exception
-    ) as error:  # decoders raise a dozen types on broken files; each means the same to the user
-        raise DataError(
-            f"{path}: cannot be read ({error}). Save it again, or remove it with its pair."
-        ) from error
 
 
 def read_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box]:
@@ -159,7 +141,7 @@ def read_mask(path, as_colours: bool = False, max_pixels: int = MAX_PIXELS) -> n
         max_pixels: larger masks are refused.
 
     Raises:
-        DataError: unreadable, truncated or not integers; the message names the file.
+        DataError: unreadable, truncated, too large or not integers; the message names the file.
     """
     return load_mask(path, as_colours, max_pixels)[0]
 
@@ -168,60 +150,58 @@ def load_mask(path, as_colours: bool = False, max_pixels: int = MAX_PIXELS, data
     """As `read_mask`, and what else preflight asks of the file.
 
     Returns:
-        (raw, palette, lossy): palette is a list of 256 or fewer 0xRRGGBB for a palette mask, else None; lossy
-        is True for a format that does not keep values.
+        (raw, palette, damage): palette is a list of 256 or fewer 0xRRGGBB for a palette mask, else None;
+        damage says what may have altered values, such as 'is a JPEG', or nothing.
     """
     path = Path(path)
-    try:
+    with _naming(path):
         if path.suffix.lower() == ".npy":
-            return _npy_mask(path, max_pixels, data), None, False
+            return _npy_mask(path, max_pixels, data), None, ""
         with _open(path, max_pixels, data) as picture:
-            lossy = picture.format in ("JPEG", "MPO") or (
-                picture.format == "WEBP" and b"VP8 " in (data or b"")[:64]
-            )
-            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
-                raise DataError(
-                    f"holds {picture.n_frames} pages; a mask is one page. Save the right page alone."
-                )
-            palette = None
+            pages, palette = _count_pages(picture), None
+            if pages > 1:
+                raise DataError(f"holds {pages} pages; a mask is one page. Save the right page alone.")
             if picture.mode == "P":
-                flat = np.array(picture.getpalette("RGB"), np.int64).reshape(-1, 3)
-                palette = (flat @ (65536, 256, 1)).tolist()
-            if _orientation(picture) != 1:
-                picture = ImageOps.exif_transpose(picture)
-            return _mask_values(picture, as_colours), palette, lossy
+                colours = np.array(picture.getpalette("RGB"), np.int64).reshape(-1, 3)
+                palette = (colours @ (65536, 256, 1)).tolist()
+            damage = _damage(picture, path, data)
+            return _mask_values(_upright(picture), as_colours), palette, damage
+
+
+@contextmanager
+def _naming(path: Path):
+    """Errors about a file's content name the file."""
+    try:
+        yield
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise
-    except Exception as error:  # as above
-        raise DataError(
-            f"{path}: cannot be read ({error}). Save it again, or remove it with its pair."
-        ) from error
+    except Exception as error:  # decoders raise a dozen types on broken files, which mean one thing
+        raise DataError(f"{path}: cannot be read ({error}). Save it again, or remove it.") from error
 
 
 def _open(path: Path, max_pixels: int, data: bytes | None) -> Image.Image:
     """Open without decoding: allowed formats alone, our own pixel limit instead of the library's warning."""
-    Image.MAX_IMAGE_PIXELS = (
-        None  # its limit warns on a global channel or names no file; ours below is an error
-    )
+    Image.MAX_IMAGE_PIXELS = None  # it warns or names no file; ours below is an error
     if (len(data) if data is not None else path.stat().st_size) == 0:
-        raise DataError("is empty (0 bytes). Copy it again, or remove it with its pair.")
+        raise DataError("is empty (0 bytes). Copy it again, or remove it.")
     try:
         picture = Image.open(BytesIO(data) if data is not None else path, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise DataError(
-            f"is not a {', '.join(FORMATS)} picture, whatever its name says. Convert it."
-        ) from None
+        raise DataError(f"is not a {', '.join(FORMATS)} picture, whatever its name says.") from None
     _check_pixels(picture.height, picture.width, max_pixels)
     return picture
 
 
 def _check_pixels(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
-        raise DataError(
-            f"has {height} x {width} pixels; the limit is {max_pixels:,} pixels. Cut it into tiles."
-        )
+        raise DataError(f"has {height} x {width} pixels; the limit is {max_pixels:,}. Cut it into tiles.")
+
+
+def _count_pages(picture: Image.Image) -> int:
+    """Pages or frames; the second view that a phone puts behind its JPEG (MPO) is none."""
+    return 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -229,78 +209,63 @@ def _orientation(picture: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
+def _upright(picture: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(picture) if _orientation(picture) != 1 else picture
+
+
 def _to_channels(picture: Image.Image, in_channels: int) -> np.ndarray:
     """Bring any mode to uint8 (H, W, in_channels)."""
-    mode = picture.mode
-    if mode.startswith("I") or mode == "F":
-        grey = _to_bytes(np.asarray(picture))
-        picture = Image.fromarray(grey)
-    elif mode == "1":
+    if picture.mode.startswith("I") or picture.mode == "F":
+        picture = Image.fromarray(_to_bytes(np.asarray(picture)))
+    elif picture.mode == "1":
         picture = picture.convert("L")
-    elif mode in ("P", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA" if mode == "PA" or "transparency" in picture.info else "RGB")
-    elif mode in ("La", "RGBa", "YCbCr", "LAB", "HSV"):
-        picture = picture.convert({"La": "LA", "RGBa": "RGBA"}.get(mode, "RGB"))
-    if len(picture.getbands()) == in_channels and picture.mode != "LA":
-        array = np.asarray(picture)
-        return array if array.ndim == 3 else array[..., None]
-    if in_channels not in (1, 3, 4):
-        raise DataError(
-            f"has {len(picture.getbands())} channels; in_channels is {in_channels}. "
-            "Save pictures of that many channels as .npy (height, width, channels)."
-        )
-    if in_channels == 4:
-        return np.asarray(picture.convert("RGBA"))
-    if picture.mode in ("LA", "RGBA"):
-        alpha = picture.getchannel("A")
-        solid = Image.new(picture.mode[:-1], picture.size)  # black
-        solid.paste(picture.convert(picture.mode[:-1]), mask=alpha)
-        picture = solid
-    array = np.asarray(picture.convert("RGB" if in_channels == 3 else "L"))
+    elif picture.mode in ("LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    elif picture.mode in ("P", "YCbCr", "LAB", "HSV"):
+        picture = picture.convert("RGB")
+    channels = len(picture.getbands())
+    if channels != in_channels:
+        if in_channels not in (1, 3, 4):
+            raise DataError(
+                f"has {channels} channels; in_channels is {in_channels}. Save it as .npy (H, W, C)."
+            )
+        if picture.mode == "RGBA":
+            black = Image.new("RGB", picture.size)
+            black.paste(picture, mask=picture)
+            picture = black
+        picture = picture.convert({1: "L", 3: "RGB", 4: "RGBA"}[in_channels])
+    array = np.asarray(picture)
     return array if array.ndim == 3 else array[..., None]
 
 
 def _to_bytes(array: np.ndarray) -> np.ndarray:
-    """Scale whatever number type to 0..255 by a rule of the type, never by the picture's own range."""
+    """Scale to 0..255 by the type's range (16 bits, or 0..1 for bool and float), never by the content's."""
     if array.dtype == np.uint8:
         return array
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
-    low, high = (array.min(), array.max()) if array.size else (0, 0)
-    if array.dtype.kind in "iu":
-        if low < 0 or high > 65535:
-            raise DataError(f"holds values {low}..{high}; 16-bit pictures hold 0..65535. Rescale it.")
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if array.dtype.kind == "f":
-        if not (low >= 0 and high <= 1):  # also catches NaN
-            raise DataError(
-                f"holds numbers {low:.4g}..{high:.4g}; floats must lie in 0..1. Rescale, or save as uint8."
-            )
-        return (array * 255 + 0.5).astype(np.uint8)
-    raise DataError(f"holds {array.dtype}; wanted bool, uint8, uint16 or float.")
+    low, high, top = array.min(), array.max(), 65535 if array.dtype.kind in "iu" else 1
+    if not (low >= 0 and high <= top):  # also catches NaN
+        raise DataError(f"holds {low:.6g}..{high:.6g}; {array.dtype} pictures hold 0..{top}. Rescale it.")
+    return (array * (255 / top) + 0.5).astype(np.uint8)
 
 
-def _pages(picture: Image.Image, pages: int, in_channels: int) -> np.ndarray:
+def _pages(picture: Image.Image, in_channels: int) -> np.ndarray:
     """A file with one grey page a channel."""
-    if pages != in_channels:
+    if picture.n_frames != in_channels:
         raise DataError(
-            f"holds {pages} pages; wanted one picture, or one grey page for each of {in_channels} channels."
+            f"holds {picture.n_frames} pages; wanted 1, or a grey one for each of {in_channels} channels."
         )
     bands = []
-    for page in range(pages):
+    for page in range(in_channels):
         picture.seek(page)
-        band = np.asarray(picture)
-        if band.ndim != 2 or band.shape != (bands[0].shape if bands else band.shape):
-            raise DataError("has pages that are not grey pictures of one size. Save each picture alone.")
-        bands.append(_to_bytes(band))
+        bands.append(_to_bytes(np.asarray(picture)))
+    if bands[0].ndim != 2 or len({band.shape for band in bands}) > 1:
+        raise DataError("has pages that are not grey pictures of one size. Save each picture alone.")
     return np.stack(bands, axis=2)
 
 
 def _npy(path: Path, max_pixels: int, data: bytes | None) -> np.ndarray:
-    if data is None:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    else:
-        array = np.load(BytesIO(data), allow_pickle=False)
+    source, mode = (path, "r") if data is None else (BytesIO(data), None)
+    array = np.load(source, mmap_mode=mode, allow_pickle=False)
     if array.ndim not in (2, 3) or array.size == 0:
         raise DataError(f"has shape {array.shape}; wanted (height, width) or (height, width, channels).")
     _check_pixels(array.shape[0], array.shape[1], max_pixels)
@@ -311,50 +276,55 @@ def _npy_image(path: Path, in_channels: int, max_pixels: int, data: bytes | None
     array = _npy(path, max_pixels, data)
     array = array if array.ndim == 3 else array[..., None]
     if array.shape[2] != in_channels and (array.shape[2], in_channels) != (1, 3):
-        turned = (
-            " It looks like (channels, height, width): transpose it." if array.shape[0] == in_channels else ""
-        )
-        raise DataError(
-            f"has shape {array.shape}, the last being channels; in_channels is {in_channels}.{turned}"
-        )
-    array = _to_bytes(np.asarray(array))
-    return (
-        np.repeat(array, in_channels, axis=2)
-        if array.shape[2] != in_channels
-        else np.ascontiguousarray(array)
-    )
+        fix = "transpose it to" if array.shape[0] == in_channels else "save it as"
+        raise DataError(f"has shape {array.shape}; {fix} (height, width, {in_channels} channels).")
+    if array.dtype.kind not in "bf" and array.dtype.name not in ("uint8", "uint16"):
+        raise DataError(f"holds {array.dtype}; wanted bool, uint8, uint16 or float. Convert it.")
+    return np.ascontiguousarray(np.broadcast_to(_to_bytes(array), (*array.shape[:2], in_channels)))
 
 
 def _npy_mask(path: Path, max_pixels: int, data: bytes | None) -> np.ndarray:
-    array = _npy(path, max_pixels, data)
-    array = np.array(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-    if array.dtype.kind == "f" and np.array_equal(array, np.trunc(array)):
-        array = array.astype(np.int64)
-    if array.dtype == bool:
-        array = array.astype(np.uint8)
-    colour = array.ndim == 3 and array.shape[2] == 3 and array.dtype == np.uint8
-    if array.dtype.kind not in "iu" or not (array.ndim == 2 or colour):
+    array = np.asarray(_npy(path, max_pixels, data))
+    array = array[..., 0] if array.shape[2:] == (1,) else array
+    if array.ndim == 3 and (array.shape[2] != 3 or array.dtype != np.uint8):
         raise DataError(f"is {array.dtype} of shape {array.shape}; a mask is (height, width) whole numbers.")
-    return array
+    return _whole(array)
+
+
+def _whole(array: np.ndarray) -> np.ndarray:
+    """A mask's numbers as uint8 where that is their size, else int64."""
+    if array.dtype.name in ("bool", "uint8"):
+        return array.astype(np.uint8, copy=False)
+    with np.errstate(invalid="ignore"):
+        whole = array.astype(np.int64)
+    if not np.array_equal(whole, array):
+        raise DataError("holds fractions or huge numbers; a mask is whole numbers. Save class ids as a PNG.")
+    return whole
 
 
 def _mask_values(picture: Image.Image, as_colours: bool) -> np.ndarray:
-    mode = picture.mode
-    if mode == "P" and as_colours:
+    if picture.mode == "P" and as_colours:
         picture.info.pop("transparency", None)
         return np.asarray(picture.convert("RGB"))
-    if mode in ("L", "P", "RGB"):
+    if picture.mode in ("L", "P", "RGB"):
         return np.asarray(picture)
-    if mode == "1":
-        return np.asarray(picture).astype(np.uint8)
-    if mode.startswith("I"):
-        array = np.asarray(picture)
-        return array if array.dtype == np.int32 else array.astype(np.uint16)
-    if mode == "F":
-        array = np.asarray(picture)
-        if not np.array_equal(array, np.trunc(array)):
-            raise DataError("holds fractions; a mask is whole numbers. Save class ids as an 8-bit PNG.")
-        return array.astype(np.int64)
-    if mode == "LA":
+    if picture.mode in ("1", "F") or picture.mode.startswith("I"):
+        return _whole(np.asarray(picture))
+    if picture.mode == "LA":
         return _to_channels(picture, 1)[..., 0]
     return _to_channels(picture, 3)  # RGBA with its transparent pixels black, CMYK, ...
+
+
+def _damage(picture: Image.Image, path: Path, data: bytes | None) -> str:
+    """What may have altered a mask's values unseen, as far as the file tells."""
+    if picture.format in ("JPEG", "MPO"):
+        return "is a JPEG"
+    if picture.format == "WEBP" and b"VP8L" not in (data or path.read_bytes()):
+        return "is a lossy WebP"
+    if "jpeg" in str(picture.info.get("compression")):
+        return "is a TIFF that holds a JPEG"
+    if ";16" in str(picture.tile) and not picture.mode.startswith("I"):
+        return "has 16 bits a channel, of which 8 are read"
+    if "A" in picture.getbands() and any(picture.getchannel("A").histogram()[1:255]):
+        return "is half transparent"
+    return ""

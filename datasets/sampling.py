@@ -85,8 +85,12 @@ class Loader:
             yield images, masks, indices
 
     def close(self) -> None:
-        """End the workers."""
-        self._workers = None
+        """End the workers, which heed no signal but that of death."""
+        iterator, self._workers = getattr(self._workers, "_iterator", None), None
+        if iterator is not None:
+            iterator._shutdown_workers()  # asks them and waits
+            for worker in iterator._workers:
+                worker.kill()  # one that hangs; Python would wait for it at its end
 
     def _ahead(self, keys):
         """Batches made by a thread, two of them before they are asked for."""
@@ -116,7 +120,7 @@ class Loader:
                 collate_fn=_as_it_is,
                 pin_memory=self.pin_memory,
                 persistent_workers=True,
-                worker_init_fn=_ignore_interrupts,
+                worker_init_fn=_ignore_signals,
             )
         return iter(self._workers)
 
@@ -138,7 +142,12 @@ def _as_it_is(batch):
     return batch
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process; the main one decides, and workers end with it (torch sees to that)."""
+def _ignore_signals(_worker: int) -> None:
+    """Ctrl-C reaches every process, as SIGTERM does where a whole group is stopped (torchrun, Slurm).
+
+    The main process decides, which still needs its batches until then; workers end with it (torch sees to
+    that).
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

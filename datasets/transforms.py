@@ -47,9 +47,7 @@ def place(original: tuple[int, int], image_size: tuple[int, int], resize: str) -
     if resize == "crop":
         return Box(0, 0, *original, *original)
     scale = min(image_size[0] / original[0], image_size[1] / original[1])
-    height, width = (
-        max(1, min(most, round(side * scale))) for side, most in zip(original, image_size, strict=True)
-    )
+    height, width = (max(1, round(side * scale)) for side in original)
     return Box((image_size[0] - height) // 2, (image_size[1] - width) // 2, height, width, *original)
 
 
@@ -84,12 +82,9 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Antialiased bilinear, uint8 (H, W, C) → (*size, C)."""
     if image.shape[:2] == tuple(size):
         return image
-    if image.shape[2] == 3:
-        return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-    bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(image, 2, 0)]
-    return np.stack(
-        [np.asarray(band.resize(size[::-1], Image.Resampling.BILINEAR)) for band in bands], axis=2
-    )
+    bands = [image] if image.shape[2] == 3 else [image[..., i].copy() for i in range(image.shape[2])]
+    pictures = [Image.fromarray(band).resize(size[::-1], Image.Resampling.BILINEAR) for band in bands]
+    return np.dstack(pictures)
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 import difflib
 import inspect
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from .auxiliary import AuxLoss
 from .cross_entropy import CrossEntropy, WeightedCrossEntropy, median_frequency_weights
@@ -12,7 +15,7 @@ from .softmax_loss import SegmentationLoss
 
 __all__ = ["LOSSES", "AuxLoss", "SegmentationLoss", "build_loss", "median_frequency_weights"]
 
-LOSSES = {
+LOSSES: dict[str, type[SegmentationLoss]] = {
     "ce": CrossEntropy,
     "weighted_ce": WeightedCrossEntropy,
     "focal": Focal,
@@ -21,18 +24,32 @@ LOSSES = {
 }
 
 
-def build_loss(name: str, ignore_index: int = 255, class_weights=None, **options) -> SegmentationLoss:
-    """Build the loss ``name``.
+def build_loss(
+    name: str,
+    ignore_index: int = 255,
+    class_weights: Sequence[float] | Tensor | None = None,
+    **options: object,
+) -> SegmentationLoss:
+    """Build a loss by its name: `loss = loss_fn(logits, masks)`.
 
     Args:
-        name: a key of LOSSES.
+        name: a key of `LOSSES`.
         ignore_index: label of the pixels that count for nothing.
         class_weights: one number a class, for weighted_ce (needed), focal, and joint over one of these.
-        **options: ``focal_gamma`` (focal, joint over focal), ``dice_weight`` and ``joint_ce`` (joint),
-            ``dice_smooth`` (dice, joint). An option that the loss does not know is refused.
+        **options: `focal_gamma` (focal, joint over focal), `dice_weight` and `joint_ce` (joint),
+            `dice_smooth` (dice, joint). An option that the loss does not know is refused.
 
     Raises:
         ValueError: unknown name, an option or weights that do not apply, or a value out of range.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = build_loss("joint", dice_weight=0.25)
+        >>> logits, masks = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+        >>> print(f"{loss_fn(logits, masks):.4f}")
+        0.5999
+        >>> {name: f"{term:.4f}" for name, term in loss_fn.terms.items()}
+        {'ce': '0.6931', 'dice': '0.3200'}
     """
     if name not in LOSSES:
         close = difflib.get_close_matches(str(name), LOSSES, n=1)

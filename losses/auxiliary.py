@@ -10,24 +10,36 @@ class AuxLoss(nn.Module):
 
     Paper: Pyramid Scene Parsing Network (Zhao et al., 2017), section 3.3, which chooses 0.4,
     https://arxiv.org/abs/1612.01105. A plain tensor, as the network gives in evaluation, is passed on to
-    ``loss_fn``.
+    `loss_fn`.
+
+    Args:
+        loss_fn: the loss of both heads.
+        weight: factor on the auxiliary head's.
 
     Attributes:
-        terms: those of ``loss_fn`` on the main logits, and ``aux``, before its weight.
+        terms: those of `loss_fn` on the main logits, and `aux`, before its weight.
     """
 
-    def __init__(self, loss_fn: SegmentationLoss, weight: float = 0.4):
+    def __init__(self, loss_fn: SegmentationLoss, weight: float = 0.4) -> None:
         super().__init__()
         self.loss_fn = loss_fn
         self.weight = weight
-        self.terms = {}
+        self.terms: dict[str, Tensor] = {}
 
     def denominator(self, masks: Tensor) -> Tensor:
-        """Return ``loss_fn.denominator(masks)``."""
+        """Return `loss_fn.denominator(masks)`."""
         return self.loss_fn.denominator(masks)
 
-    def forward(self, logits, masks: Tensor, denominator: Tensor | float | None = None) -> Tensor:
-        """Return the scalar loss of logits, or of (logits, aux_logits), both at the masks' size."""
+    def forward(
+        self,
+        logits: Tensor | tuple[Tensor, Tensor],
+        masks: Tensor,
+        denominator: Tensor | float | None = None,
+    ) -> Tensor:
+        """Return the scalar loss of logits, or of (logits, aux_logits), both at the masks' size.
+
+        The other arguments, and what is raised, are those of `SegmentationLoss.forward`.
+        """
         if isinstance(logits, Tensor):
             loss = self.loss_fn(logits, masks, denominator)
             self.terms = self.loss_fn.terms

@@ -11,7 +11,7 @@ class Dice(SegmentationLoss):
     in place of the squared ones below the line, which keep the gradient alive where p is small.
 
     Crops seldom hold all classes; an absent one would have d_c near 0 or 1 whatever the net does right, so it
-    is left out, and its suppression is left to the cross entropy: hence ``joint`` as the usual choice.
+    is left out, and its suppression is left to the cross entropy: hence `joint` as the usual choice.
 
     Differs from: segmentation_models.pytorch, which divides by C although absent classes add 0; MONAI, which
     takes a ratio per picture and counts absent classes; milesial and yassouali, which take one ratio over all
@@ -20,8 +20,11 @@ class Dice(SegmentationLoss):
 
     Args:
         ignore_index: label of the pixels that count for nothing.
-        dice_smooth: s, in pixels; 1 matters only for classes of a few pixels.
+        dice_smooth: s, in pixels, 0 or more; 1 matters only for classes of a few pixels.
+
+    Raises:
+        ValueError: `dice_smooth` below 0.
     """
 
-    def __init__(self, *, ignore_index: int = 255, dice_smooth: float = 1.0):
+    def __init__(self, *, ignore_index: int = 255, dice_smooth: float = 1.0) -> None:
         super().__init__(ignore_index=ignore_index, pixel_share=0.0, dice_share=1.0, smooth=dice_smooth)

@@ -1,5 +1,9 @@
 """Dice and a form of cross entropy together, over one softmax."""
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
 from .softmax_loss import SegmentationLoss
 
 
@@ -15,19 +19,22 @@ class Joint(SegmentationLoss):
         dice_weight: in 0..1.
         joint_ce: the form of cross entropy: ce, weighted_ce or focal.
         focal_gamma: exponent of focal; 2 if None.
-        dice_smooth: s of Dice.
+        dice_smooth: s of Dice, in pixels.
+
+    Raises:
+        ValueError: an option or weights that do not go with `joint_ce`, or a value out of range.
     """
 
     def __init__(
         self,
         *,
         ignore_index: int = 255,
-        class_weights=None,
+        class_weights: Sequence[float] | Tensor | None = None,
         dice_weight: float = 0.5,
         joint_ce: str = "ce",
         focal_gamma: float | None = None,
         dice_smooth: float = 1.0,
-    ):
+    ) -> None:
         if joint_ce not in ("ce", "weighted_ce", "focal"):
             raise ValueError(
                 f"joint_ce must be ce, weighted_ce or focal; got {joint_ce!r}. Choose one of the three."

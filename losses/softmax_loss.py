@@ -15,6 +15,9 @@ Plain autograd would keep five to seven arrays as large as the logits. Here the 
 memory that becomes the gradient. Both go through the batch in pieces that stay in the processor's cache.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -25,7 +28,7 @@ _PIECE = {
 }  # logits worked on at a time: cache on a CPU, few launches on a GPU
 
 
-def _pieces(x):
+def _pieces(x: Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield pairs of slices (pictures, pixels) that cut (N, C, P) into pieces; on the CPU of one picture."""
     n, c, p = x.shape
     size = max(1, _PIECE.get(x.device.type, 1 << 24) // c)  # pixels
@@ -36,14 +39,14 @@ def _pieces(x):
             yield slice(first, first + pictures), slice(left, left + pixels)
 
 
-def _view(buffer, piece):
-    """View the start of a flat buffer in the shape (k, C, P) and memory order of ``piece``."""
+def _view(buffer: Tensor, piece: Tensor) -> Tensor:
+    """View the start of a flat buffer in the shape (k, C, P) and memory order of `piece`."""
     k, c, p = piece.shape
     flat = buffer[: piece.numel()]
     return flat.view(k, p, c).transpose(1, 2) if piece.stride(1) == 1 else flat.view(k, c, p)
 
 
-def _log_softmax(piece, buffer):
+def _log_softmax(piece: Tensor, buffer: Tensor) -> Tensor:
     """Return the log-softmax over the classes, in the start of a flat buffer."""
     if (
         piece.stride(1) == 1 and piece.shape[1] < 16
@@ -57,22 +60,22 @@ def _log_softmax(piece, buffer):
     return out
 
 
-def _sum_over_pixels(values, weight):
+def _sum_over_pixels(values: Tensor, weight: Tensor) -> Tensor:
     """(k, C, P), (k, P) → (C,)."""
     if values.device.type == "cpu":  # k = 1; on a GPU a matrix product might run in TF32
         return torch.mv(values[0], weight[0])
     return (values * weight[:, None]).sum((0, 2))
 
 
-def _sum_over_classes(values, weight):
+def _sum_over_classes(values: Tensor, weight: Tensor) -> Tensor:
     """(k, C, P), (C,) → (k, P)."""
     if values.device.type == "cpu":
         return torch.mv(values[0].t(), weight)[None]
     return (values * weight[:, None]).sum(1)
 
 
-def _sum_by_label(values, labels, num_classes):
-    """(k, P), (k, P) → (C,): the sum of ``values`` over the pixels of each label."""
+def _sum_by_label(values: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(k, P), (k, P) → (C,): the sum of `values` over the pixels of each label."""
     if values.device.type == "cpu":
         return torch.bincount(labels.flatten(), values.flatten(), num_classes).to(values.dtype)
     classes = torch.arange(num_classes, device=labels.device)[:, None]  # bincount would wait for the GPU
@@ -83,8 +86,10 @@ class _SoftmaxLoss(torch.autograd.Function):
     """(logits, masks, total) → (loss, pixel term, Dice term); only the first has a gradient."""
 
     @staticmethod
-    def forward(ctx, logits, masks, total, share, spec):
-        """Sum both terms piece by piece; ``share`` is this batch's part of ``total``, for Dice."""
+    def forward(
+        ctx: Any, logits: Tensor, masks: Tensor, total: Tensor, share: Tensor, spec: "SegmentationLoss"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum both terms piece by piece; `share` is this batch's part of `total`, for Dice."""
         with torch.autocast(logits.device.type, enabled=False):
             x, y, c = logits.flatten(2), masks.flatten(1), logits.shape[1]
             dtype = total.dtype
@@ -124,7 +129,7 @@ class _SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, slope, *_):
+    def backward(ctx: Any, slope: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Write dx as in this file's docstring, piece by piece."""
         logits, masks, log_py, log_sum, *factors = ctx.saved_tensors
         spec, dtype = ctx.spec, log_py.dtype
@@ -163,8 +168,12 @@ class SegmentationLoss(nn.Module):
         gamma: focusing exponent of the pixel term; 0 is cross entropy.
         pixel_share: factor on the pixel term.
         dice_share: factor on the Dice term.
-        smooth: s in the Dice term.
-        pixel_name: what ``terms`` calls the pixel term.
+        smooth: s in the Dice term, in pixels.
+        pixel_name: what `terms` calls the pixel term.
+
+    Raises:
+        ValueError: weights that are no list of finite numbers, one below 0 or all 0; another number out of
+            range.
 
     Attributes:
         terms: after a call, the terms by name, before their factors: detached scalars on the device.
@@ -173,14 +182,14 @@ class SegmentationLoss(nn.Module):
     def __init__(
         self,
         *,
-        ignore_index=255,
-        class_weights=None,
-        gamma=0.0,
-        pixel_share=1.0,
-        dice_share=0.0,
-        smooth=1.0,
-        pixel_name="ce",
-    ):
+        ignore_index: int = 255,
+        class_weights: Sequence[float] | Tensor | None = None,
+        gamma: float = 0.0,
+        pixel_share: float = 1.0,
+        dice_share: float = 0.0,
+        smooth: float = 1.0,
+        pixel_name: str = "ce",
+    ) -> None:
         super().__init__()
         weights = None
         if class_weights is not None:
@@ -199,7 +208,7 @@ class SegmentationLoss(nn.Module):
         self.ignore_index = ignore_index
         self.gamma, self.pixel_share, self.dice_share, self.smooth = gamma, pixel_share, dice_share, smooth
         self.pixel_name = pixel_name
-        self.terms = {}
+        self.terms: dict[str, Tensor] = {}
         self.register_buffer("class_weights", weights, persistent=False)
 
     def denominator(self, masks: Tensor) -> Tensor:
@@ -215,8 +224,8 @@ class SegmentationLoss(nn.Module):
 
         Args:
             logits: (N, C, H, W), any float dtype, any memory format.
-            masks: (N, H, W), int64 or uint8 class ids or ``ignore_index``; never written to.
-            denominator: the sum of ``denominator(masks)`` over all the micro-batches (and processes) of a
+            masks: (N, H, W), int64 or uint8 class ids or `ignore_index`; never written to.
+            denominator: the sum of `denominator(masks)` over all the micro-batches (and processes) of a
                 step; None where this batch is the whole step. The sum of the micro-batches' pixel terms is
                 then that of the whole batch. Dice is no sum over pixels: a micro-batch's own Dice enters in
                 proportion to its part of the denominator.
@@ -259,26 +268,26 @@ class SegmentationLoss(nn.Module):
             self.terms["dice"] = dice
         return loss
 
-    def valid(self, masks):
+    def valid(self, masks: Tensor) -> Tensor:
         """Return which pixels count, bool."""
         if masks.dtype == torch.uint8 and not 0 <= self.ignore_index <= 255:  # torch would compare modulo 256
             return torch.ones_like(masks, dtype=torch.bool)
         return masks != self.ignore_index
 
-    def split(self, masks):
+    def split(self, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Return which pixels count, and the labels, int64, with class 0 in place of those that do not."""
         valid = self.valid(masks)
         return valid, masks.masked_fill(~valid, 0).long()
 
-    def pixel_value(self, log_py, labels):
-        """w_y (1 - p_y)^gamma (-log p_y)."""
+    def pixel_value(self, log_py: Tensor, labels: Tensor) -> Tensor:
+        """Return w_y (1 - p_y)^gamma (-log p_y)."""
         value = -log_py
         if self.gamma:
             value *= (-torch.expm1(log_py)) ** self.gamma
         return value if self.class_weights is None else value * self.class_weights[labels]
 
-    def pixel_slope(self, log_py, labels):
-        """Derivative of ``pixel_value`` by log p_y."""
+    def pixel_slope(self, log_py: Tensor, labels: Tensor) -> Tensor:
+        """Return the derivative of `pixel_value` by log p_y."""
         if self.gamma:
             rest = (-torch.expm1(log_py)).clamp_(min=torch.finfo(log_py.dtype).tiny)  # 1 - p_y
             slope = rest ** (self.gamma - 1) * (self.gamma * log_py.exp() * log_py - rest)

@@ -13,6 +13,7 @@ meaning of its own, stands beside under its name.
 """
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -26,11 +27,11 @@ _FIXED = 1 << 40
 class Scores:
     """What a confusion matrix says, as fractions in [0, 1]; NaN means n/a.
 
-    ``iou``, ``dice`` and ``accuracy`` are float64 arrays with one entry a class (accuracy: the part of the
-    class's pixels that were found; n/a where the truth has none). The means leave n/a out. ``_foreground``
-    leaves class 0 out too. ``frequency_weighted_iou`` weighs each IoU by the class's share of the true
-    pixels. ``picture_`` scores are means over pictures of each picture's own mean over the classes in its
-    truth or prediction. ``baseline_`` is what predicting the split's most frequent class everywhere would
+    `iou`, `dice` and `accuracy` are float64 arrays with one entry a class (accuracy: the part of the
+    class's pixels that were found; n/a where the truth has none). The means leave n/a out. `_foreground`
+    leaves class 0 out too. `frequency_weighted_iou` weighs each IoU by the class's share of the true
+    pixels. `picture_` scores are means over pictures of each picture's own mean over the classes in its
+    truth or prediction. `baseline_` is what predicting the split's most frequent class everywhere would
     score.
     """
 
@@ -56,19 +57,26 @@ class ConfusionMatrix:
     Args:
         num_classes: number of classes C.
         ignore_index: label of the pixels that count for nothing.
-        device: where the predictions will be.
+        device: where the predictions will be; the counts are kept there.
 
     Attributes:
-        counts: int64 (C, C); rows are the truth, columns the prediction.
+        counts: int64 (C, C), in pixels; rows are the truth, columns the prediction.
+
+    Example:
+        >>> matrix = ConfusionMatrix(num_classes=3)
+        >>> matrix.update(preds=torch.tensor([[0, 1, 1, 0]]), masks=torch.tensor([[0, 1, 0, 255]]))
+        >>> scores = matrix.scores()
+        >>> scores.iou, scores.mean_iou  # class 2 is neither there nor predicted
+        (array([0.5, 0.5, nan]), 0.5)
     """
 
-    def __init__(self, num_classes: int, ignore_index: int = 255, device: str | torch.device = "cpu"):
+    def __init__(self, num_classes: int, ignore_index: int = 255, device: str | torch.device = "cpu") -> None:
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.device = torch.device(device)
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget all counts."""
         # the matrix; pictures with a valid pixel; sums of their mean IoU and Dice; pixels with a wrong id
         self._sums = torch.zeros(self.num_classes**2 + 4, dtype=torch.int64, device=self.device)
@@ -79,16 +87,16 @@ class ConfusionMatrix:
         return self._sums[:-4].view(self.num_classes, self.num_classes)
 
     @torch.no_grad()
-    def update(self, preds: Tensor, masks: Tensor):
+    def update(self, preds: Tensor, masks: Tensor) -> None:
         """Count the pixels of a batch, without waiting for the device.
 
         Args:
             preds: predicted class ids, (N, H, W) or (H, W), any integer dtype (uint8 is fastest).
-            masks: true class ids or ``ignore_index``, the same shape.
+            masks: true class ids or `ignore_index`, the same shape.
 
         Raises:
-            ValueError: shapes differ, or an id is neither in 0..C-1 nor, in masks, ``ignore_index``. On a GPU
-                ids are looked at by ``scores()``, so that no step waits for the device.
+            ValueError: shapes differ, or an id is neither in 0..C-1 nor, in masks, `ignore_index`. On a GPU
+                ids are looked at by `scores()`, so that no step waits for the device.
         """
         if preds.shape != masks.shape or preds.ndim not in (2, 3):
             raise ValueError(
@@ -104,7 +112,7 @@ class ConfusionMatrix:
         else:
             self._count_bytes(preds, masks)
 
-    def _count_bytes(self, preds, masks):
+    def _count_bytes(self, preds: Tensor, masks: Tensor) -> None:
         """On the CPU: a row for each value of a byte, so that a wrong label shows in a row of its own."""
         c, rows = self.num_classes, 256
         low, high = (int(value) for value in masks.aminmax())
@@ -119,7 +127,7 @@ class ConfusionMatrix:
             self._refuse(preds, masks)
         self._add(bins[:, :c])
 
-    def _count(self, preds, masks):
+    def _count(self, preds: Tensor, masks: Tensor) -> None:
         """On any device: what is ignored or impossible goes to a cell of its own."""
         c = self.num_classes
         cells = c * c + 1
@@ -137,13 +145,13 @@ class ConfusionMatrix:
         self._sums[-1] += wrong.sum()
         self._add(bins.view(-1, cells)[:, :-1].view(-1, c, c))
 
-    def join(self):
+    def join(self) -> None:
         """Take all that was counted so far for one picture, which was given in parts."""
         counts = self.counts.clone()
         self.reset()
         self._add(counts[None])
 
-    def merge(self, other: "ConfusionMatrix"):
+    def merge(self, other: "ConfusionMatrix") -> None:
         """Add the counts of another matrix over the same classes."""
         self._sums += other._sums.to(self.device)
 
@@ -151,8 +159,8 @@ class ConfusionMatrix:
         """Return all counts as one int64 vector; the sum of several processes' is their common state."""
         return self._sums.clone()
 
-    def load_state(self, state: Tensor):
-        """Take over a (summed) state."""
+    def load_state(self, state: Tensor) -> None:
+        """Take over what `state` gave, or a sum of such."""
         self._sums = state.to(self.device, torch.int64).clone()
 
     def scores(self) -> Scores:
@@ -194,7 +202,7 @@ class ConfusionMatrix:
             baseline_accuracy=float(most),
         )
 
-    def _add(self, h):
+    def _add(self, h: Tensor) -> None:
         """Add the matrices of N pictures, (N, C, C)."""
         tp = h.diagonal(dim1=1, dim2=2).double()
         both = (h.sum(1) + h.sum(2)).double()  # TP + FP plus TP + FN
@@ -207,7 +215,7 @@ class ConfusionMatrix:
         self._sums[-3] += (iou * _FIXED).round().long().sum()
         self._sums[-2] += (dice * _FIXED).round().long().sum()
 
-    def _refuse(self, preds, masks):
+    def _refuse(self, preds: Tensor, masks: Tensor) -> NoReturn:
         known = f"0..{self.num_classes - 1}"
         kept = masks[masks != self.ignore_index]
         found = [f"{int(ids.min())} to {int(ids.max())}" if ids.numel() else "none" for ids in (preds, kept)]
@@ -224,7 +232,11 @@ def predicted_ids(logits: Tensor) -> Tensor:
         logits: (N, C, H, W), any float dtype and memory format.
 
     Returns:
-        (N, H, W), uint8 up to 256 classes, else int16.
+        (N, H, W), uint8 up to 256 classes, else int16, which holds 32,768 classes.
+
+    Example:
+        >>> predicted_ids(torch.tensor([0.1, 0.7, 0.2]).view(1, 3, 1, 1))
+        tensor([[[1]]], dtype=torch.uint8)
     """
     classes = logits.shape[1]
     if logits.device.type != "cpu" or classes > 256:
@@ -243,6 +255,6 @@ def predicted_ids(logits: Tensor) -> Tensor:
     return ids
 
 
-def _mean(values):
+def _mean(values: np.ndarray) -> float:
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else float("nan")

@@ -19,33 +19,15 @@ CLASS_NAMES = ("background", "berry", "leaf", "flower")
 CLASS_COLORS = ((0, 0, 0), (204, 51, 102), (68, 170, 119), (238, 187, 68))
 SPLITS = {"train": 40, "val": 10, "predict": 3}
 SEED = 7
-FINE = (
-    3  # pictures are drawn three times too large and averaged down; masks take the middle sample of each 3x3
-)
+FINE = 3  # pictures are drawn so many times too large and averaged down; masks take the middle sample
 
-# The shared colours of things, and how likely each is for a berry, a leaf and a flower.
-THING_COLORS = np.array(
-    [
-        (0.78, 0.13, 0.16),  # red
-        (0.90, 0.45, 0.12),  # orange
-        (0.93, 0.78, 0.22),  # yellow
-        (0.32, 0.55, 0.20),  # green
-        (0.22, 0.33, 0.66),  # blue
-        (0.48, 0.24, 0.58),  # violet
-        (0.92, 0.55, 0.68),  # pink
-        (0.93, 0.90, 0.82),  # cream
-    ]
-)
-LEANINGS = {1: (3, 2, 2, 2, 3, 2, 2, 1), 2: (2, 2, 2, 4, 2, 2, 1, 1), 3: (2, 2, 2, 1, 2, 2, 3, 3)}
-GROUND_COLORS = np.array(
-    [
-        (0.36, 0.28, 0.21),  # soil
-        (0.38, 0.44, 0.26),  # moss
-        (0.72, 0.63, 0.48),  # sand
-        (0.45, 0.48, 0.52),  # slate
-        (0.56, 0.40, 0.27),  # bark
-    ]
-)
+THING_COLORS = np.array([  # red, orange, yellow, green, blue, violet, pink, cream
+    (0.78, 0.13, 0.16), (0.90, 0.45, 0.12), (0.93, 0.78, 0.22), (0.32, 0.55, 0.20),
+    (0.22, 0.33, 0.66), (0.48, 0.24, 0.58), (0.92, 0.55, 0.68), (0.93, 0.90, 0.82),
+])  # fmt: skip
+GROUND_COLORS = np.array([  # soil, moss, sand, slate, bark
+    (0.36, 0.28, 0.21), (0.38, 0.44, 0.26), (0.72, 0.63, 0.48), (0.45, 0.48, 0.52), (0.56, 0.40, 0.27),
+])  # fmt: skip
 
 
 def smooth_noise(rng, height, width, cell):
@@ -60,19 +42,23 @@ def blurred(alpha, radius):
     return np.asarray(picture, dtype=np.float32) / 255
 
 
+def turned(angle, y, x):
+    """Coordinates along and across a direction."""
+    return np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+
+
 def draw_ground(rng, height, width):
     """(height, width, 3) of earth, moss, sand, slate or bark, with its grain and stains."""
     unit = min(height, width)
     kind = rng.integers(len(GROUND_COLORS))
     base = GROUND_COLORS[kind] * rng.uniform(0.85, 1.15)
-    relief = 0.10 * smooth_noise(rng, height, width, unit // 3) + 0.09 * smooth_noise(
-        rng, height, width, unit // 12
-    )
-    relief += 0.12 * smooth_noise(rng, height, width, 9)
+    relief = 0.0
+    for strength, cell in ((0.10, unit // 3), (0.09, unit // 12), (0.12, 9)):
+        relief = relief + strength * smooth_noise(rng, height, width, cell)
     if kind in (2, 4):  # ripples of sand, grain of bark
-        angle, y, x = rng.uniform(0, np.pi), *np.mgrid[:height, :width] / unit
+        along, _ = turned(rng.uniform(0, np.pi), *np.mgrid[:height, :width] / unit)
         bend = 1.2 * smooth_noise(rng, height, width, unit // 2)
-        relief += 0.10 * np.sin(rng.uniform(25, 45) * (np.cos(angle) * x + np.sin(angle) * y) + 3 * bend)
+        relief += 0.10 * np.sin(rng.uniform(25, 45) * along + 3 * bend)
     ground = base * (1 + relief[..., None])
     for _ in range(rng.integers(1, 4)):
         stain = np.clip(smooth_noise(rng, height, width, unit // 4) * 2 - 0.9, 0, 1)[..., None]
@@ -106,29 +92,31 @@ def flower(rng, u, v):
     return edge - rho, 0.35 + 0.8 * petals * (0.5 + 0.5 * rho)
 
 
-DRAW = {1: berry, 2: leaf, 3: flower}
-STRETCH = {1: 0.85, 2: 1.35, 3: 1.1}  # so that the three cover about as much ground
+THINGS = {  # class: how to draw it, its stretch (so that all cover as much), its weights of THING_COLORS
+    1: (berry, 0.85, (3, 2, 2, 2, 3, 2, 2, 1)),
+    2: (leaf, 1.35, (2, 2, 2, 4, 2, 2, 1, 1)),
+    3: (flower, 1.1, (2, 2, 2, 1, 2, 2, 3, 3)),
+}
 
 
 def place_thing(rng, picture, ids, label, center, radius):
     """Draw one thing with its shadow into `picture`, and its class into `ids`, both at the fine scale."""
-    height, width = ids.shape
+    draw, stretch, weights = THINGS[label]
+    radius = float(radius * stretch)
     reach = int(radius * 1.3)
-    top, left = max(0, center[0] - reach), max(0, center[1] - reach)
-    window = np.s_[top : min(height, center[0] + reach), left : min(width, center[1] + reach)]
+    window = tuple(
+        slice(max(0, middle - reach), min(size, middle + reach))
+        for middle, size in zip(center, ids.shape, strict=True)
+    )
     y, x = np.mgrid[window]
-    if y.size == 0:
-        return
     angle, squash = rng.uniform(0, 2 * np.pi), rng.uniform(0.75 if label == 3 else 0.9, 1)
-    dy, dx = (y - center[0]) / radius, (x - center[1]) / radius
-    u, v = np.cos(angle) * dx + np.sin(angle) * dy, (np.cos(angle) * dy - np.sin(angle) * dx) / squash
-    if label == 1:  # the light comes from the upper left, however the ball lies
-        u, v = dx, dy / squash
-    inside, bright = DRAW[label](rng, u, v)
+    angle *= label != 1  # the light comes from the upper left, however a ball lies
+    u, v = turned(angle, (y - center[0]) / radius, (x - center[1]) / radius)
+    v = v / squash
+    inside, bright = draw(rng, u, v)
     inside = inside > 0
 
-    share = np.array(LEANINGS[label], dtype=float)
-    color = THING_COLORS[rng.choice(len(THING_COLORS), p=share / share.sum())]
+    color = THING_COLORS[rng.choice(len(THING_COLORS), p=np.array(weights) / sum(weights))]
     color = np.clip(color * rng.uniform(0.8, 1.15) + rng.uniform(-0.05, 0.05, 3), 0, 1)
     surface = color * bright[..., None] * (1 + 0.03 * smooth_noise(rng, *inside.shape, 12)[..., None])
     if label == 3:
@@ -136,7 +124,7 @@ def place_thing(rng, picture, ids, label, center, radius):
         surface = np.where(eye, THING_COLORS[rng.choice([0, 1, 2, 4])] * (0.8 + 0.3 * rng.random()), surface)
 
     offset = max(1, int(radius * 0.12))
-    shadow = np.pad(blurred(inside, float(radius) * 0.10), ((offset, 0), (offset, 0)), mode="edge")
+    shadow = np.pad(blurred(inside, radius * 0.10), ((offset, 0), (offset, 0)), mode="edge")
     ground = picture[window] * (1 - 0.5 * shadow[:-offset, :-offset, None])
     picture[window] = np.where(inside[..., None], surface, ground)
     ids[window][inside] = label
@@ -148,8 +136,7 @@ def place_twig(rng, picture, ids):
     unit = min(height, width)
     y, x = np.mgrid[:height, :width]
     angle = rng.uniform(0, np.pi)
-    dy, dx = y - rng.uniform(0, height), x - rng.uniform(0, width)
-    along, across = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+    along, across = turned(angle, y - rng.uniform(0, height), x - rng.uniform(0, width))
     across = across + rng.uniform(-0.6, 0.6) * along**2 / unit
     half = unit * rng.uniform(0.008, 0.016)
     inside = (np.abs(across) < half) & (np.abs(along) < unit * rng.uniform(0.15, 0.4))
@@ -168,20 +155,18 @@ def draw_scene(rng, height, width):
     radii = np.sort(unit * np.exp(rng.uniform(np.log(0.14), np.log(0.28), count)))[::-1]
     labels = rng.permutation(np.arange(count) % 3 + 1)  # as many of each, the large ones first
     placed = []
-    for label, radius in zip(labels, radii, strict=True):
+    for label, radius in zip(labels.tolist(), radii, strict=True):
         for _ in range(40):  # a place that leaves at least two thirds of the earlier things in sight
             center = int(rng.uniform(0, tall)), int(rng.uniform(0, wide))
             if all(np.hypot(center[0] - a, center[1] - b) > 0.75 * (radius + r) for a, b, r in placed):
-                place_thing(rng, picture, ids, int(label), center, radius * STRETCH[label])
+                place_thing(rng, picture, ids, label, center, radius)
                 placed.append((*center, radius))
                 break
 
     y, x = np.mgrid[-1 : 1 : tall * 1j, -1 : 1 : wide * 1j]
     slope = rng.uniform(-0.22, 0.22, 2)
-    picture = (
-        picture * (rng.uniform(0.9, 1.1) + slope[0] * y + slope[1] * x - 0.08 * (x**2 + y**2))[..., None]
-    )
-    picture = picture * rng.uniform(0.94, 1.06, 3)
+    light = rng.uniform(0.9, 1.1) + slope[0] * y + slope[1] * x - 0.08 * (x**2 + y**2)
+    picture = picture * light[..., None] * rng.uniform(0.94, 1.06, 3)
     picture = picture.reshape(height, FINE, width, FINE, 3).mean((1, 3))
     picture = picture + rng.normal(0, rng.uniform(0.008, 0.025), (height, width, 1))
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8), ids[FINE // 2 :: FINE, FINE // 2 :: FINE]
@@ -198,20 +183,15 @@ def draw_picture(split, number):
 def write(root, counts=SPLITS):
     """Write the first `counts` pictures of each split under `root`: every fourth a PNG, the others JPEGs."""
     for split, count in counts.items():
-        pictures = root / split if split == "predict" else root / split / "images"
-        masks = root / split / "masks"
-        pictures.mkdir(parents=True, exist_ok=True)
-        if split != "predict":
-            masks.mkdir(parents=True, exist_ok=True)
+        masked = split != "predict"
+        pictures, masks = root / split / ("images" if masked else ""), root / split / "masks"
+        for folder in (pictures, masks) if masked else (pictures,):
+            folder.mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            picture, ids = draw_picture(split, number)
-            picture = Image.fromarray(picture)
-            if number % 4 == 3:
-                picture.save(pictures / f"{number:02}.png", optimize=True)
-            else:
-                picture.save(pictures / f"{number:02}.jpg", quality=90)
-            if split != "predict":
-                mask = Image.fromarray(ids)
+            picture, mask = map(Image.fromarray, draw_picture(split, number))
+            ending, options = (".jpg", {"quality": 90}) if (number + 1) % 4 else (".png", {"optimize": True})
+            picture.save(pictures / f"{number:02}{ending}", **options)
+            if masked:
                 mask.putpalette([value for color in CLASS_COLORS for value in color])
                 mask.save(masks / f"{number:02}.png", optimize=True)
 

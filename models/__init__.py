@@ -54,6 +54,11 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
 
     Raises:
         ValueError: an unknown name or option, or a value that the network refuses.
+
+    Example:
+        >>> model = build_model("unet", num_classes=5, base_channels=8)
+        >>> model(torch.zeros(2, 3, 40, 56)).shape
+        torch.Size([2, 5, 40, 56])
     """
     check_choice("model", name, MODELS)
     known = list(inspect.signature(MODELS[name]).parameters)[2:]  # after num_classes and in_channels

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import RESNETS, ResNet
 from .layers import (
     ConvBNReLU,
+    MergingConv2d,
     PooledBatchNorm2d,
     SeparableConvBNReLU,
     check_choice,
@@ -45,45 +45,6 @@ class ASPP(nn.Module):
         whole = self.pool(x).expand(-1, -1, *x.shape[-2:])  # one value everywhere, as resizing 1x1 would give
         branches = [self.point(x), *(conv(x) for conv in self.atrous), whole]
         return self.dropout(self.project(torch.cat(branches, dim=1)))  # 1280 → 256
-
-
-class MergingConv2d(nn.Conv2d):
-    """A 3x3 convolution of two maps at once: a coarse one, resized to the fine one's size, and the fine one.
-
-    Resizing and convolving are linear and may change places: the nine taps are applied to the coarse map, as
-    1x1 convolutions, and two small matrix products resize, shift and sum what they give. The result is that
-    of the plain way, but for rounding, at a tenth of its multiplications for the coarse channels.
-    """
-
-    def __init__(self, coarse_channels: int, fine_channels: int, out_channels: int) -> None:
-        super().__init__(coarse_channels + fine_channels, out_channels, 3, padding=1, bias=False)
-        self.coarse_channels = coarse_channels
-
-    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
-        """Merge (N, K, h, w) and (N, L, H, W) to (N, out_channels, H, W)."""
-        if torch.compiler.is_exporting():  # the products are written out for one size
-            return super().forward(torch.cat([resize(coarse, like=fine), fine], dim=1))
-        number, _, height, width = coarse.shape
-        rows, columns = fine.shape[-2:]
-        weight, fine_weight = self.weight.tensor_split([self.coarse_channels], dim=1)
-        taps = weight.permute(3, 2, 0, 1).flatten(0, 2)[..., None, None]  # (3 across x 3 down x out, K, 1, 1)
-        x = F.conv2d(coarse, taps).permute(0, 2, 3, 1)  # (N, h, w, 3 across x 3 down x out)
-        x = _tap_weights(width, columns, x) @ x.reshape(number * height, 3 * width, -1)
-        x = x.view(number, height, columns, 3, -1).transpose(2, 3)  # (N, h, 3 down, W, out)
-        x = _tap_weights(height, rows, x) @ x.reshape(number, 3 * height, -1)
-        x = x.view(number, rows, columns, -1).permute(0, 3, 1, 2)
-        return x + F.conv2d(fine, fine_weight, self.bias, padding=1)
-
-
-def _tap_weights(coarse: int, fine: int, like: Tensor) -> Tensor:
-    """Along one side, what each place of the fine map takes of each place of the coarse one, tap by tap.
-
-    Returns:
-        (fine, coarse x 3): bilinear weights seen from one place before, at, and behind; 0 beyond the edge.
-    """
-    each = torch.eye(coarse, device=like.device)
-    resized = F.interpolate(each[None], size=fine, mode="linear", align_corners=False)[0].T
-    return F.pad(resized, (0, 0, 1, 1)).unfold(0, 3, 1).flatten(1).to(like.dtype)
 
 
 class Merge(nn.Sequential):
@@ -139,6 +100,9 @@ class DeepLabV3Plus(nn.Module):
 
     Shape:
         images (N, in_channels, H, W), H and W at least 32 → logits (N, num_classes, H, W).
+
+    Raises:
+        ValueError: an argument out of its range or choices; images of other channels, or too small.
     """
 
     def __init__(

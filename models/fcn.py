@@ -58,6 +58,9 @@ class FCN(nn.Module):
 
     Shape:
         images (N, in_channels, H, W), H and W at least 32 → logits (N, num_classes, H, W).
+
+    Raises:
+        ValueError: an argument out of its range or choices; images of other channels, or too small.
     """
 
     pretrained_names = {"classifier.0.": "fc6.", "classifier.3.": "fc7."}  # beside the backbone's own keys

@@ -67,6 +67,9 @@ class PSPNet(nn.Module):
     Shape:
         images (N, in_channels, H, W), H and W at least 32 → logits (N, num_classes, H, W), and in training
         mode with `aux` a pair of such logits.
+
+    Raises:
+        ValueError: an argument out of its range or choices; images of other channels, or too small.
     """
 
     def __init__(

@@ -32,6 +32,9 @@ class SegNet(nn.Module):
 
     Shape:
         images (N, in_channels, H, W), H and W at least 32 → logits (N, num_classes, H, W).
+
+    Raises:
+        ValueError: an argument out of its range or choices; images of other channels, or too small.
     """
 
     def __init__(
@@ -74,7 +77,13 @@ class SegNet(nn.Module):
 
 def unpool(x: Tensor, indices: Tensor, size: torch.Size) -> Tensor:
     """Set each value of `x` where its maximum stood in a map of `size`, zeros elsewhere."""
-    return crop(F.max_unpool2d(x, indices, 2), size)
+    if not torch.are_deterministic_algorithms_enabled():
+        return crop(F.max_unpool2d(x, indices, 2), size)
+    # max_unpool2d is refused then: it cannot know that no place comes twice
+    maps, height, width = x.shape[0] * x.shape[1], 2 * x.shape[2], 2 * x.shape[3]
+    whole = x.new_zeros(maps, height * width)
+    whole[torch.arange(maps, device=x.device)[:, None], indices.reshape(maps, -1)] = x.reshape(maps, -1)
+    return crop(whole.view(*x.shape[:2], height, width), size)
 
 
 def stage(*channels: int) -> nn.Sequential:

@@ -61,6 +61,9 @@ class UNet(nn.Module):
 
     Shape:
         images (N, in_channels, H, W), H and W at least 32 → logits (N, num_classes, H, W).
+
+    Raises:
+        ValueError: an argument out of its range or choices; images of other channels, or too small.
     """
 
     def __init__(

@@ -169,6 +169,22 @@ def test_workers_that_are_forked_share_a_cache_in_memory():
     assert kept.get(1).tolist() == list(range(8)) and kept.get(0) is None
 
 
+def test_workers_that_are_forked_fill_one_cache_on_disk(tmp_path):
+    """An open file has one place, which they would share."""
+    kept = SampleCache([500] * 4000, tmp_path / "c")
+    workers = []
+    for rank in range(4):
+        workers.append(os.fork())
+        if workers[-1] == 0:
+            for i in range(rank, 4000, 4):
+                kept.put(i, [np.full(500, i % 251, np.uint8)])
+            os._exit(0)
+    for pid in workers:
+        os.waitpid(pid, 0)
+    again = SampleCache([500] * 4000, tmp_path / "c")
+    assert all(i in again and (again.get(i) == i % 251).all() for i in range(4000))
+
+
 def test_an_entry_cannot_be_written_to_and_a_cache_can_be_sent(tmp_path):
     for folder in (None, tmp_path / "c"):
         kept = SampleCache([3], folder)

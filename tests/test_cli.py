@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,10 @@ def test_a_flag_sets_its_field(argv, name, value):
         (["--no-compile", "yes"], ["--no-compile", "no value"]),
         (["--learning_rate", "nan"], ["learning_rate", "a number"]),
         (["--learning_rate", "-1"], ["learning_rate"]),
+        (["--poly_power", "0"], ["poly_power", "or more", "got 0.0"]),
+        (["--model", "fcn", "--backbone_lr_scale", "0"], ["backbone_lr_scale", "or more", "got 0.0"]),
         (["--num_classes", "1"], ["num_classes", "2"]),
+        (["--num_classes", "40000"], ["num_classes", "32768"]),
         (["--class_names", "a", "b"], ["class_names", "4 classes", "got 2"]),
         (["--class_names", "a", "a", "b", "c"], ["class_names", "differ"]),
         (["--ignore_index", "3"], ["ignore_index", "0 to 3", "got 3"]),
@@ -100,7 +103,20 @@ def test_every_field_has_a_remark_and_help_shows_it_with_its_default():
 
 
 def test_a_remark_goes_on_in_the_comment_below_its_field():
-    assert field_remarks(Config)["resize"][1].endswith("cut in windows at its scale")
+    remarks = field_remarks(Config)
+    assert remarks["resize"][1].startswith("how a picture comes to image_size")
+    assert remarks["resize"][1].endswith("cut in windows at its scale")
+    assert remarks["labels"][1].endswith("or #000000=0,#ff0000=1")
+    assert field_remarks(Config)["vflip"][1].startswith("probability")
+
+
+def test_a_remark_keeps_the_sign_of_a_colour():
+    assert "0=0,255=1 or #000000=0,#ff0000=1" in field_remarks(Config)["labels"][1]
+
+
+def test_a_model_or_loss_that_config_knows_by_name_alone_has_no_options():
+    named = Config(model="new", loss="new")
+    assert (named.model_options, named.loss_options) == ({}, {})
 
 
 def test_the_names_and_colours_of_mock_data_are_left_out_with_another_number_of_classes():
@@ -110,14 +126,24 @@ def test_the_names_and_colours_of_mock_data_are_left_out_with_another_number_of_
 
 
 def test_edited_defaults_are_checked_by_type_as_flags_are():
-    from dataclasses import dataclass
-
     @dataclass(frozen=True)
     class Edited:
         epochs: int = "ten"  # number of epochs
 
     with pytest.raises(Fail, match="epochs must be a whole number; got 'ten'"):
         parse(Edited, [], "usage")
+
+
+def test_a_backbone_edited_into_the_file_does_not_bind_a_model_without_one():
+    @dataclass(frozen=True)
+    class Edited(Config):
+        model: str = "pspnet"  # as in a config.py that a user has edited
+        backbone: str | None = "resnet18"
+
+    assert parse(Edited, [], "usage").settings.model_options["backbone"] == "resnet18"
+    assert "backbone" not in parse(Edited, ["--model", "unet"], "usage").settings.model_options
+    with pytest.raises(Fail, match="backbone of fcn must be one of vgg11.*got 'resnet18'"):
+        parse(Edited, ["--model", "fcn"], "usage")
 
 
 def test_config_file_is_read_and_flags_override_it(tmp_path):
@@ -131,13 +157,27 @@ def test_config_file_is_read_and_flags_override_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("{", "JSON"), ("[1]", "object"), ('{"epoch": 3}', "'epochs'"), ('{"epochs": "x"}', "epochs")],
+    [
+        ("{", "JSON"),
+        ("[1]", "object"),
+        ('{"epoch": 3}', "'epochs'"),
+        ('{"epochs": "x"}', "epochs"),
+        ('{"learning_rate": 1' + 400 * "0" + "}", "learning_rate must be a number"),
+    ],
 )
 def test_a_wrong_config_file_is_refused(tmp_path, text, word):
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(Fail, match=word):
         settings("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "recipes").glob("*.json")), ids=lambda path: path.stem
+)
+def test_a_recipe_is_understood_and_says_why(path):
+    assert len(json.loads(path.read_text(encoding="utf-8"))["why"]) > 20
+    settings("--config", str(path))
 
 
 def test_saved_settings_come_back_equal(tmp_path):
@@ -158,6 +198,33 @@ def test_resuming_keeps_the_runs_settings_and_refuses_a_contradiction():
         resumed_settings(today, Config(epochs=5).saved, {"epochs": 9}, ())
 
 
+def test_a_run_that_began_from_other_weights_can_be_resumed():
+    run = Config(model="segnet", init_from="old/best.pt", freeze_backbone=True)
+    found = resumed_settings(Config(resume="runs/x"), run.saved, {"resume": "runs/x"}, ())
+    assert found == run
+
+
+def test_resuming_with_the_runs_own_size_as_one_number_is_no_contradiction():
+    run, given = Config(image_size=64).saved, {"image_size": 64}
+    assert resumed_settings(Config(resume="runs/x", **given), run, given, ()).image_size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"data_root": "nowhere"},
+        {"resume": "nowhere"},
+        {"init_from": "nowhere"},
+        {"model": "fcn", "pretrained": "nowhere"},
+    ],
+    ids=lambda named: [*named][-1],
+)
+def test_what_a_setting_names_and_is_not_there_is_refused(named):
+    Config(**{name: value for name, value in named.items() if name == "model"}).refuse_missing()
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*Give"):
+        Config(**named).refuse_missing()
+
+
 @pytest.mark.parametrize("door", ["train.py", "predict.py"])
 def test_help_and_a_wrong_flag_are_answered_before_torch_is_imported(door):
     code = (
@@ -168,7 +235,8 @@ def test_help_and_a_wrong_flag_are_answered_before_torch_is_imported(door):
         "finally:\n"
         "    print('torch' in sys.modules, file=sys.stderr)\n"
     )
-    for flag, status in (("--help", 0), ("--nonsense", 2)):
+    missing = ("--data_root=nowhere", 2) if door == "train.py" else ("--window=1", 2)
+    for flag, status in (("--help", 0), ("--nonsense", 2), missing):
         done = subprocess.run([sys.executable, "-c", code, flag], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status
         assert done.stderr.splitlines()[-1] == "False"

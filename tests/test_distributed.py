@@ -1,60 +1,60 @@
 """Several processes are one run: the same scores, the same steps, one writer."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+import importlib.util
+import os
+import signal
+import time
 
+import doors
 import torch
+from torch.distributed import TCPStore
 
-ROOT = Path(__file__).parent.parent
-WORKER = """
-import json, sys, torch, train
-from config import Config
+import train
 from datasets import check_data
 from datasets.sampling import epoch_batches
+from models import read_checkpoint
 from utils import distributed
 
-config = Config(**json.loads(sys.argv[1]))
-processes = distributed.read_processes()
-report = check_data(config.data_root, num_classes=2)
-distributed.join(processes, torch.device("cpu"))
-model = train.build_network(config, fresh=True)
-run = train.build(config, report, torch.device("cpu"), torch.float32, model, processes)
-found = train.evaluate(run, train.averaged_weights(run))
-run.model.eval()  # batch norm as a fixed scale: its statistics are each process's own
-sums = {}
-order = (len(run.train_set), config.batch_size, config.seed, 0)
-for step, batch in enumerate(epoch_batches(*order, processes.rank, processes.world_size)):
-    images, masks = run.train_set.batch([(0, index) for index in batch])
-    terms = train.train_step(run, images, masks, 0, step)
-    for name, value in terms.items():
-        sums[name] = sums.get(name, 0.0) + value
-sums = train.over_processes(run, sums)
-if processes.is_main:
-    found = {"counts": found.counts, "each": found.picture_iou}
-    torch.save({**found, "sums": sums, "model": run.model.state_dict()}, sys.argv[2])
-distributed.leave()
-"""
 
-
-def start(processes, *words):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
-    command = [sys.executable, *launcher, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def score_and_step(config, out, environment):
+    """What torchrun's environment makes of one process: a validation, and the steps of an epoch."""
+    os.environ.update(environment)
+    processes = distributed.read_processes()
+    report = check_data(config.data_root, num_classes=2)
+    distributed.join(processes, torch.device("cpu"))
+    model = train.build_network(config, fresh=True)
+    run = train.build(config, report, torch.device("cpu"), torch.float32, model, processes)
+    found = train.evaluate(run, train.averaged_weights(run))
+    run.model.eval()  # batch norm as a fixed scale: its statistics are each process's own
+    sums = {}
+    order = (len(run.train_set), config.batch_size, config.seed, 0)
+    for step, batch in enumerate(epoch_batches(*order, processes.rank, processes.world_size)):
+        images, masks = run.train_set.batch([(0, index) for index in batch])
+        terms = train.train_step(run, images, masks, 0, step)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value
+    sums = train.over_processes(run, sums)
+    if processes.is_main:
+        found = {"counts": found.counts, "each": found.picture_iou}
+        torch.save({**found, "sums": sums, "model": run.model.state_dict()}, out)
+    distributed.leave()
 
 
 def test_two_processes_score_and_step_as_one_does(settings, tmp_path):
-    config = settings(batch_size=4, loss="ce", amp="off", accumulate=1, learning_rate=0.01).saved
-    found = []
-    for processes in (1, 2):
-        environment = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        (tmp_path / "worker.py").write_text(environment + WORKER)
-        out = tmp_path / f"{processes}.pt"
-        done = start(processes, str(tmp_path / "worker.py"), json.dumps(config), str(out))
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(torch.load(out, weights_only=True))
-    one, two = found
+    config = settings(batch_size=4, loss="ce", amp="off", accumulate=1, learning_rate=0.01)
+    score_and_step(config, tmp_path / "one.pt", {})
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as torchrun has it: the store is there already
+    started = []
+    for rank in "01":
+        environment = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        arguments = (config, tmp_path / "two.pt", environment)
+        started.append(doors.fork(score_and_step, arguments, tmp_path / rank))
+    for rank, process in enumerate(started):
+        process.join(120)
+        assert process.exitcode == 0, (tmp_path / f"{rank}.err").read_text()
+    one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert torch.equal(one["counts"], two["counts"])
     assert one["each"] == two["each"]
     for name, value in one["sums"].items():
@@ -63,10 +63,33 @@ def test_two_processes_score_and_step_as_one_does(settings, tmp_path):
         assert torch.allclose(value.float(), two["model"][name].float(), atol=1e-4), name
 
 
-def test_torchrun_makes_one_run_with_one_writer(data, tmp_path):
+def torchrun(data, tmp_path, *more):
     flags = f"--data_root {data} --output_dir {tmp_path}/runs --run_name run --num_classes 2 --image_size 32"
-    done = start(2, "train.py", *flags.split(), "--base_channels", "4", "--epochs", "2", "--batch_size", "4")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Epoch 2/2") == 1
+    flags += " --base_channels 4 --batch_size 4"
+    launcher = [importlib.util.find_spec("torch.distributed.run").origin, "--nproc_per_node", "2"]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return [*launcher, "train.py", *flags.split(), *more]
+
+
+def test_torchrun_makes_one_run_with_one_writer(data, tmp_path):
+    command = torchrun(data, tmp_path, "--epochs", "2")
+    code, printed, errors = doors.run(command, doors.ROOT, tmp_path / "printed")
+    assert code == 0, errors[-3000:]
+    assert printed.count("Epoch 2/2") == 1
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.name != ".cache"] == ["run"]
     assert (tmp_path / "runs" / "run" / "report.png").exists()
+
+
+def test_ctrl_c_on_torchrun_saves_and_one_process_says_how_to_go_on(data, tmp_path):
+    command = torchrun(data, tmp_path, "--epochs", "10000", "--cache", "off", "--num_workers", "1")
+    launcher, printed = doors.start(command, doors.ROOT, tmp_path / "log"), tmp_path / "log.out"
+    while launcher.is_alive() and not (printed.exists() and "Epoch 2/" in printed.read_text()):
+        time.sleep(0.05)
+    assert launcher.is_alive(), (tmp_path / "log.err").read_text()
+    os.kill(launcher.pid, signal.SIGINT)
+    launcher.join(60)
+    said, last = (tmp_path / "log.err").read_text(), tmp_path / "runs" / "run" / "last.pt"
+    assert said.count(f"error: stopped; go on with --resume {last.parent}") == 1
+    assert said.count("stopping after this step") == 1
+    assert "Traceback" not in said.split("error: stopped")[0]  # behind it comes torchrun's own
+    assert read_checkpoint(last)["progress"]["epoch"] >= 1

@@ -34,7 +34,7 @@ def small_model(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_folding_batch_norm_keeps_the_function_and_leaves_no_batch_norm(name):
+def test_folding_batch_norm_keeps_the_function_and_leaves_no_batch_norm(name, narrow_fcn):
     model, twin = small_model(name), small_model(name)
     folded = fold_batch_norm(twin, look_at(twin, 3))
     images = torch.randn(1, 3, 64, 96)

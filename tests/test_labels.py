@@ -164,3 +164,10 @@ def test_values_that_damage_cannot_explain_are_not_taken_for_damage():
 def test_a_few_strays_do_not_change_what_the_masks_are():
     found, _ = choose_encoding([stats(np.r_[0:5, 9])], 5, 255)
     assert found.kind == "indices" and 9 not in dict(found.table)
+
+
+def test_class_ids_are_never_snapped():
+    """They lie 1 apart: a stray one is no damaged one."""
+    found, _ = choose_encoding([stats([[0, 1, 2]])], 3, 255, "snap")
+    with pytest.raises(ValueError, match="value 7"):
+        found.encode(np.array([[0, 7]]))

@@ -164,21 +164,21 @@ def test_segnet_takes_vgg16_with_and_without_batch_norm(path, bn):
     assert len(report.missing) == (0 if bn else 13 * 4) and len(report.loaded) == (91 if bn else 26)
 
 
-def test_fcn_takes_its_two_wide_layers_from_the_classifier(path):
+def test_fcn_takes_its_two_wide_layers_from_the_classifier(path, narrow_fcn):
     row = torch.rand(25088)  # one neuron's weights over (512, 7, 7), the same for all: a small file
     torch.save(
         {
             **VGG("vgg11").state_dict(),
-            "classifier.0.weight": row.expand(4096, -1),
-            "classifier.3.weight": row[:4096].expand(4096, -1),
-            "classifier.6.weight": torch.rand(1000, 1).expand(-1, 4096),
+            "classifier.0.weight": row.expand(32, -1),
+            "classifier.3.weight": row[:32].expand(32, -1),
+            "classifier.6.weight": torch.rand(1000, 1).expand(-1, 32),
         },
         path,
     )
     model = build_model("fcn", 2, backbone="vgg11")
     report = load_pretrained(model, path)
     assert torch.equal(model.fc6.weight[7], row.reshape(512, 7, 7))
-    assert torch.equal(model.fc7.weight[7, :, 0, 0], row[:4096])
+    assert torch.equal(model.fc7.weight[7, :, 0, 0], row[:32])
     assert report.left_over == ("classifier.6.weight",) and report.missing == ("fc6.bias", "fc7.bias")
 
 

@@ -188,6 +188,16 @@ def test_plateau_follows_the_score_as_torchs_does():
     assert schedule.cuts > 2
 
 
+def test_the_plan_of_plateau_is_that_of_the_start_whatever_was_cut_since():
+    schedule = schedule_for("plateau", warmup_steps=3, plateau_patience=0)
+    planned = schedule.plan()
+    run(schedule, 10)
+    for score in (0.5, 0.4, 0.3):
+        schedule.epoch_end(score)
+    assert schedule.plan() == planned and schedule.cuts == 2
+    assert schedule.rate(10) == pytest.approx(0.01 * planned[10]) == rates(schedule)[0]
+
+
 def test_epochs_without_validation_do_not_count_for_plateau():
     schedule = schedule_for("plateau", plateau_patience=0)
     schedule.epoch_end(0.5)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import doors
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from utils.export import PooledByProducts, export
 from utils.inference import normalize
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 def rows_of(path):
@@ -87,29 +89,24 @@ def test_masks_have_each_pictures_own_size_and_hold_class_ids_in_a_palette(args,
     ],
     ids=["stretch", "letterbox-ema", "crop", "float32", "ignore-2"],
 )
-@pytest.mark.parametrize("batch_size", [1, 8])
-def test_scoring_the_predictions_gives_the_digits_of_the_log(
-    args, data, tmp_path, capsys, training, batch_size
-):
+def test_scoring_the_predictions_gives_the_digits_of_the_log(args, data, tmp_path, capsys, training):
     if training.get("ignore_index") == 2:
         for path in data.rglob("masks/*.png"):
             mask = np.array(Image.open(path))
             Image.fromarray(np.where(mask == 255, 2, mask).astype(np.uint8)).save(path)
-    given = args(
-        {"epochs": 3, "learning_rate": 0.01, **training},
-        truth=str(data / "val" / "masks"),
-        batch_size=batch_size,
-    )
-    capsys.readouterr()
-    predict.main(given)
-    printed = capsys.readouterr().out
+    given = args({"epochs": 3, "learning_rate": 0.01, **training}, truth=str(data / "val" / "masks"))
     best = max(rows_of(Path(given.weights).parent / "log.csv"), key=lambda row: float(row["mean_iou"]))
-    assert f"mean IoU {float(best['mean_iou']):.4f}" in printed
-    assert f"mean Dice {float(best['mean_dice']):.4f}" in printed
-    scores = rows_of(tmp_path / "out" / "scores.csv")
-    assert [row["mean_iou"] for row in scores] == sorted(row["mean_iou"] for row in scores)
-    mean = np.mean([float(row["mean_iou"]) for row in scores])
-    assert abs(mean - float(best["picture_mean_iou"])) < 2e-6
+    for batch_size in (1, 8):
+        output = tmp_path / f"out{batch_size}"
+        capsys.readouterr()
+        predict.main(replace(given, batch_size=batch_size, output=str(output)))
+        printed = capsys.readouterr().out
+        assert f"mean IoU {float(best['mean_iou']):.4f}" in printed
+        assert f"mean Dice {float(best['mean_dice']):.4f}" in printed
+        scores = rows_of(output / "scores.csv")
+        assert [row["mean_iou"] for row in scores] == sorted(row["mean_iou"] for row in scores)
+        mean = np.mean([float(row["mean_iou"]) for row in scores])
+        assert abs(mean - float(best["picture_mean_iou"])) < 2e-6
 
 
 def test_one_picture_in_other_code_equals_the_written_mask(args, data, tmp_path):
@@ -375,11 +372,11 @@ def test_wrong_values_are_refused(flags):
 
 
 def test_the_command_line_ends_with_code_2_and_one_line(tmp_path):
-    command = [sys.executable, "predict.py", "--weights", str(tmp_path / "none.pt")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "none.pt" in done.stderr
+    words = ["predict.py", "--weights", str(tmp_path / "none.pt")]
+    code, _, errors = doors.run(words, ROOT, tmp_path / "printed")
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert "none.pt" in errors
 
 
 needs_export = pytest.mark.skipif(
@@ -390,7 +387,7 @@ needs_export = pytest.mark.skipif(
 @needs_export
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore")
-def test_an_exported_program_gives_the_networks_logits_for_pictures_of_any_size(tmp_path, name):
+def test_an_exported_program_gives_the_networks_logits_for_pictures_of_any_size(tmp_path, name, narrow_fcn):
     torch.manual_seed(0)
     small = {"unet": {"base_channels": 4}, "segnet": {"base_channels": 4}, "fcn": {"backbone": "vgg11_bn"}}
     model = build_model(name, 3, **small.get(name, {"backbone": "resnet18"})).eval()

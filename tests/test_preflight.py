@@ -1,8 +1,12 @@
 """What a user's folder may hold: each oddity is refused with its file named, or handled rightly."""
 
+import contextlib
 import json
 import os
 import shutil
+import struct
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -120,6 +124,27 @@ def only_ignored(root):
 def suffixed(root):
     for path in [*root.glob("*/masks/*")]:
         path.rename(path.with_stem(path.stem + "_gt"))
+
+
+def wide_png(path, ids):
+    """An RGB PNG of 16 bits a channel, which Pillow reads but cannot write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.repeat(ids[..., None], 3, axis=2))
+    head = struct.pack(">IIBBBBB", *ids.shape[::-1], 16, 2, 0, 0, 0)
+    with open(f"{path}.png", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for name, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(data)) + name + data)
+            file.write(struct.pack(">I", zlib.crc32(name + data)))
+
+
+def glassy_png(path, ids):
+    alpha = np.full(ids.shape, 255, np.uint8)
+    alpha[:, ::2] = 128  # class 2 would be 1
+    Image.fromarray(np.stack([ids.astype(np.uint8), alpha], axis=2)).save(f"{path}.png")
+
+
+def save_wide(path, ids):
+    Image.fromarray(ids.astype(np.uint16)).save(path)
 
 
 REFUSED = {  # what is wrong: (how to make it, settings, what the message must name)
@@ -273,6 +298,57 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         ["p0.tif", "2 pages"],
     ),
     "colours among ids": (lambda r: colour_png(r / "val/masks/p0", IDS), {}, ["colours"]),
+    "huge ids": (lambda r: np_mask(r, np.where(IDS == 1, 2**64 - 1, IDS).astype(np.uint64)), {}, ["huge"]),
+    "infinite ids": (
+        lambda r: np_mask(r, np.where(IDS == 2, np.inf, IDS * 255.0)),
+        {"num_classes": 2, "labels": "snap:0=0,255=1"},
+        ["p0.npy", "huge"],
+    ),
+    "a picture of wide integers": (
+        lambda r: np_image(r, np.random.default_rng(0).integers(0, 256, (*SIZE, 3))),
+        {},
+        ["p0.npy", "int64", "uint8"],
+    ),
+    "JPEG ids in a TIFF": (
+        lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.tif", i, compression="jpeg")),
+        {},
+        ["p0.tif", "JPEG"],
+    ),
+    "lossy WebP behind a colour profile": (
+        lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.webp", i > 1, icc_profile=bytes(3000))),
+        {},
+        ["p0.webp", "lossy WebP"],
+    ),
+    "ids of 16 bits a channel": (lambda r: each_mask(r, wide_png), {}, ["p0.png", "16 bits"]),
+    "half transparent ids": (lambda r: each_mask(r, glassy_png), {}, ["p0.png", "half transparent"]),
+    "JPEG ids among palettes": (
+        lambda r: (
+            each_mask(r, palette_png),
+            save_mask(replace(r / "val/masks/p0.png", r / "val/masks/p0.jpg"), IDS * 0),
+        ),
+        {},
+        ["p0.jpg", "is a JPEG"],
+    ),
+    "JPEG ids by a map": (
+        lambda r: save_mask(replace(r / "val/masks/p0.png", r / "val/masks/p0.jpg"), IDS * 0),
+        {"labels": "0=0,1=1,2=2"},
+        ["p0.jpg", "is a JPEG"],
+    ),
+    "0/255 and ignored, three classes": (
+        lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", (i > 0) * 255)),
+        {},
+        ["0=0,255=1", "num_classes 3"],
+    ),
+    "16-bit values among colours": (
+        lambda r: (each_mask(r, colour_png), save_wide(r / "val/masks/p0.png", IDS * 1000)),
+        {"class_colors": COLOURS},
+        ["val/masks/p0.png", "beyond 0..255"],
+    ),
+    "16-bit values among colours, snapped": (
+        lambda r: (each_mask(r, colour_png), save_wide(r / "val/masks/p0.png", (IDS > 5) + 1000)),
+        {"class_colors": ((255, 255, 255), *COLOURS), "num_classes": 4, "labels": "snap"},
+        ["val/masks/p0.png", "beyond 0..255"],
+    ),
 }
 
 
@@ -490,6 +566,18 @@ HANDLED = {  # what is odd: (how to make it, settings, ids of the first training
         [[2]],
         None,
     ),
+    "lossless WebP": (
+        lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.webp", i, lossless=True)),
+        {},
+        IDS,
+        None,
+    ),
+    "0/255 drawn the other way round": (
+        binary,
+        {"num_classes": 2, "class_colors": ((255, 255, 255), (0, 0, 0))},
+        IDS > 0,
+        "value 0 shows #000000",
+    ),
 }
 
 
@@ -593,3 +681,36 @@ def test_truth_is_paired_by_stem_and_checked(root):
         pair_truth(images, root / "val/masks", "", report.encoding)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         pair_truth(images, root / "elsewhere", "", report.encoding)
+
+
+@pytest.mark.parametrize("labels", ["auto", "snap"])
+def test_little_is_remembered_of_a_lossy_mask(root, tmp_path, labels):
+    noise = np.random.default_rng(0).integers(0, 60, (*SIZE, 3))
+    (tmp_path / "memory").mkdir()
+
+    def save(path, ids):
+        Image.fromarray(np.abs(np.array(COLOURS)[ids] - noise).astype(np.uint8)).save(f"{path}.png")
+
+    each_mask(root, save)
+    with contextlib.suppress(DataError):
+        check_data(root, num_classes=3, class_colors=COLOURS, labels=labels, cache_dir=tmp_path / "memory")
+    (memory,) = (tmp_path / "memory").iterdir()
+    stats = json.loads(memory.read_text())["train/masks/p0.png"]["stats"]
+    assert len(stats["keys"]) <= (3 if labels == "snap" else 512)
+    assert labels == "auto" or sum(stats["counts"]) == IDS.size
+
+
+def test_a_truth_of_lossy_ids_is_refused(root):
+    report = check_data(root, num_classes=3)
+    save_mask(replace(root / "val/masks/p0.png", root / "val/masks/p0.jpg"), IDS * 0)
+    with pytest.raises(DataError, match=r"p0\.jpg.*is a JPEG"):
+        pair_truth(find_images(root / "val/images"), root / "val/masks", "", report.encoding)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
+def test_a_name_that_is_no_utf8_is_refused(root):
+    for kind in ("images", "masks"):
+        folder = os.fsencode(root / "train" / kind)
+        os.rename(folder + b"/p0.png", folder + b"/\xfcbung.png")
+    with pytest.raises(DataError, match=r"train/images/.bung\.png.*rename"):
+        check_data(root, num_classes=3)

@@ -1,13 +1,17 @@
 """train.py whole: a run's files, resuming, what stops it, and what it refuses."""
 
 import csv
+import io
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
+import doors
 import numpy as np
 import pytest
 import torch
@@ -16,8 +20,6 @@ from PIL import Image
 import train
 from models import load_model, read_checkpoint
 from utils.cli import Fail
-
-ROOT = Path(__file__).parent.parent
 
 
 def log_rows(folder):
@@ -52,9 +54,17 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(train, "train_step", step)
 
 
-def test_a_run_leaves_the_files_that_it_promises(settings, capsys):
-    folder = train.main(settings())
-    printed = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def finished(kept_settings):
+    """A run that no test changes: its settings, its folder, and what it printed."""
+    config = kept_settings(run_name="finished", class_names=("ground", "square"))
+    with redirect_stdout(io.StringIO()) as printed:
+        folder = train.main(config)
+    return config, folder, printed.getvalue()
+
+
+def test_a_run_leaves_the_files_that_it_promises(finished):
+    _, folder, printed = finished
     assert {path.name for path in folder.iterdir()} == {
         *("config.json", "log.csv", "curves.png", "report.png", "last.pt", "best.pt", "samples")
     }
@@ -65,12 +75,13 @@ def test_a_run_leaves_the_files_that_it_promises(settings, capsys):
     saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert saved["base_channels"] == 4
     assert "torch" in saved["versions"]
-    for words in ("Epoch 1/2", "Epoch 2/2", "mean IoU", "class_1", "report.png"):
+    for words in ("Epoch 1/2", "Epoch 2/2", "mean IoU", "square", "report.png"):
         assert words in printed
 
 
-def test_a_model_is_loaded_from_a_run_with_all_that_prediction_needs(settings):
-    model = load_model(train.main(settings(class_names=("ground", "square"))) / "best.pt")
+def test_a_model_is_loaded_from_a_run_with_all_that_prediction_needs(finished):
+    _, folder, _ = finished
+    model = load_model(folder / "best.pt")
     assert not model.training
     assert model.info.class_names == ["ground", "square"]
     assert (model.info.image_size, model.info.resize, model.info.ignore_index) == ([32, 32], "stretch", 255)
@@ -83,8 +94,8 @@ def test_a_model_is_loaded_from_a_run_with_all_that_prediction_needs(settings):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": "deeplabv3plus", "backbone": "resnet18", "base_channels": 16},
-        {"model": "pspnet", "backbone": "resnet18", "base_channels": 16},
+        {"model": "deeplabv3plus", "backbone": "resnet18", "base_channels": 16, "epochs": 1},
+        {"model": "pspnet", "backbone": "resnet18", "base_channels": 16, "epochs": 1},
         {"model": "segnet"},
         {"loss": "weighted_ce"},
         {"loss": "focal", "optimizer": "sgd", "scheduler": "step", "step_size": 1},
@@ -97,41 +108,49 @@ def test_a_model_is_loaded_from_a_run_with_all_that_prediction_needs(settings):
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_every_choice_trains(settings, changes):
+    config = settings(**changes)
     try:
-        rows = log_rows(train.main(settings(**changes)))
+        rows = log_rows(train.main(config))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert len(rows) == 2
+    assert len(rows) == config.epochs
     assert 0 <= float(rows[-1]["mean_iou"]) <= 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_score_rises_on_squares_that_can_be_learned(settings):
-    folder = train.main(settings(epochs=25, learning_rate=0.01, base_channels=8, scale=(1.0, 1.0)))
+    folder = train.main(settings(epochs=12, learning_rate=0.01, base_channels=8, scale=(1.0, 1.0)))
     best = max(float(row["mean_iou"]) for row in log_rows(folder))
     assert best > 0.8
     assert best > float(log_rows(folder)[0]["mean_iou"]) + 0.1
 
 
-@pytest.mark.parametrize(
-    "steps", [1, 3, 4]
-)  # of three an epoch: within the first, at its end, within the second
-@pytest.mark.parametrize(
-    "changes",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         {"dropout": 0.3, "ema_decay": 0.9, "accumulate": 2},
         {"optimizer": "sgd", "scheduler": "plateau", "plateau_patience": 0, "rotate": 20.0},
         {"optimizer": "rmsprop", "scheduler": "step", "step_size": 1, "learning_rate": 1e-4},
     ],
     ids=["adam-poly-ema-dropout", "sgd-plateau", "rmsprop-step"],
 )
-def test_a_stopped_and_resumed_run_ends_as_if_it_had_not_stopped(settings, monkeypatch, changes, steps):
-    whole = train.main(settings(run_name="whole", **changes))
+def whole(request, kept_settings):
+    """Settings, and the folder of a run with them that was not stopped."""
+    return request.param, train.main(kept_settings(run_name=None, **request.param))
+
+
+@pytest.mark.parametrize(
+    "steps", [1, 3, 4]
+)  # of three an epoch: within the first, at its end, within the second
+@pytest.mark.usefixtures("undrawn")
+def test_a_stopped_and_resumed_run_ends_as_if_it_had_not_stopped(settings, monkeypatch, whole, steps):
+    changes, whole = whole
     with monkeypatch.context() as patch:
         stop_after(patch, steps)
         with pytest.raises(Fail) as stopped:
             train.main(settings(run_name="broken", **changes))
     assert stopped.value.code == 128 + signal.SIGTERM
-    broken = train.main(settings(resume=str(whole.parent / "broken")))
+    broken = train.main(settings(resume=str(Path(settings().output_dir) / "broken")))
     assert_equal_weights(weights(whole), weights(broken))
     assert_equal_weights(weights(whole, "best.pt"), weights(broken, "best.pt"))
     timeless = [{k: v for k, v in row.items() if k != "images_per_second"} for row in log_rows(whole)]
@@ -140,12 +159,13 @@ def test_a_stopped_and_resumed_run_ends_as_if_it_had_not_stopped(settings, monke
     ]
 
 
-def test_resume_auto_takes_the_newest_unfinished_run(settings, monkeypatch, capsys):
+def test_resume_auto_takes_the_newest_unfinished_run(settings, monkeypatch, capsys, finished):
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         with pytest.raises(Fail):
             train.main(settings(run_name="unfinished"))
-    train.main(settings(run_name="finished"))
+    newer = shutil.copytree(finished[1], Path(settings().output_dir) / "finished")
+    (newer / "last.pt").touch()
     assert train.main(settings(resume="auto", batch_size=3)).name == "unfinished"
     assert "batch_size stays 2" in capsys.readouterr().out
     with pytest.raises(Fail, match="no unfinished run"):
@@ -168,17 +188,18 @@ def test_resuming_refuses_a_finished_run_a_contradiction_and_changed_data(settin
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_process_with_its_code_and_a_checkpoint(settings, data, tmp_path, number, code):
     flags = f"--data_root {data} --output_dir {tmp_path}/runs --run_name run --num_classes 2 --image_size 32"
-    command = [sys.executable, "train.py", *flags.split(), "--epochs", "10000", "--base_channels", "4"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ["train.py", *flags.split(), "--epochs", "10000", "--base_channels", "4"]
+    process, printed = doors.start(words, doors.ROOT, tmp_path / "log"), tmp_path / "log.out"
     try:
-        for line in process.stdout:
-            if line.startswith("Epoch 2/"):
-                break
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        while not (printed.exists() and "Epoch 2/" in printed.read_text()):
+            assert process.is_alive()
+            time.sleep(0.01)
+        os.kill(process.pid, number)
+        process.join(60)
     finally:
         process.kill()
-    assert process.returncode == code
+    errors = (tmp_path / "log.err").read_text()
+    assert process.exitcode == code
     assert "Traceback" not in errors
     assert "--resume" in errors
     assert read_checkpoint(tmp_path / "runs" / "run" / "last.pt")["kind"] == "last"
@@ -201,19 +222,16 @@ def test_early_stopping_ends_the_run_with_a_report(settings, capsys):
     assert "stopped early" in capsys.readouterr().out
 
 
-def test_weights_of_another_run_are_taken_over_where_they_fit(settings, capsys):
-    first = train.main(settings(run_name="first"))
-    config = settings(run_name="second", init_from=str(first / "best.pt"), num_classes=3)
-    train.main(config)
+def test_weights_of_another_run_are_taken_over_where_they_fit(settings, capsys, finished):
+    train.main(settings(init_from=str(finished[1] / "best.pt"), num_classes=3))
     printed = capsys.readouterr().out
     assert "2 skipped" in printed
     assert "(2, 4, 1, 1) there, (3, 4, 1, 1) here" in printed
 
 
-def test_one_run_name_is_one_run(settings):
-    train.main(settings(epochs=1))
-    with pytest.raises(Fail, match="'run' exists"):
-        train.main(settings(epochs=1))
+def test_one_run_name_is_one_run(settings, finished):
+    with pytest.raises(Fail, match="'finished' exists"):
+        train.main(finished[0])
     first = train.main(settings(epochs=1, run_name=None))
     assert first.name.startswith("unet_")
 
@@ -308,9 +326,11 @@ def test_two_runs_that_start_in_one_second_have_two_folders(tmp_path):
     assert len(made) == 5
 
 
-def test_the_same_settings_give_the_same_weights(settings):
-    one, two = train.main(settings(run_name="one")), train.main(settings(run_name="two"))
-    other = train.main(settings(run_name="other", seed=1))
+@pytest.mark.usefixtures("undrawn")
+def test_the_same_settings_give_the_same_weights(finished):
+    config, one, _ = finished
+    two = train.main(replace(config, run_name=None))
+    other = train.main(replace(config, run_name=None, seed=1))
     assert_equal_weights(weights(one), weights(two))
     assert any(not torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
 

@@ -48,6 +48,10 @@ def test_palette_colors_differ_and_do_not_depend_on_how_many_are_asked_for(count
     assert all(type(value) is int and 0 <= value <= 255 for color in palette for value in color)
 
 
+def test_palette_ends_for_as_many_classes_as_a_run_may_have():
+    assert len(set(default_palette(65535))) == 65535
+
+
 def test_colorize_paints_each_class_and_leaves_grey_what_is_none():
     ids = np.array([[0, 1, 2], [255, -1, 3]])
     picture = colorize(ids, [(1, 2, 3), (4, 5, 6), (7, 8, 9)], ignore_index=2)

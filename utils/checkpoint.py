@@ -9,6 +9,7 @@ import io
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Let `write` fill a temporary file, then put it in the place of `path` in one move.
 
     Raises:
-        OSError: no room, no right, no folder; what stood at `path` still stands.
+        OSError: no room, no right, no folder; it names `path`, and what stood there still stands.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -31,8 +32,11 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):  # it may be the folder that fails
+            temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
     _flush_folder(path.parent)
 
@@ -61,8 +65,17 @@ def save_atomic(checkpoint: dict[str, Any], path: Path) -> None:
         OSError: as `write_atomic`.
         TypeError: something else is inside; it could not be read back without running foreign code.
     """
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch's own error, over that of a full disk
+                raise error.__context__ from None
+            raise
+
     _check_plain(checkpoint, "checkpoint")
-    write_atomic(path, lambda file: torch.save(checkpoint, file))
+    write_atomic(path, write)
 
 
 def sweep(folder: Path) -> None:

@@ -5,7 +5,6 @@ A field `image_size: tuple[int, int] = (128, 128)  # height and width` becomes `
 Needs the standard library alone, so that `--help` and a wrong flag are answered at once.
 """
 
-import ast
 import difflib
 import inspect
 import io
@@ -14,14 +13,18 @@ import signal
 import sys
 import textwrap
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 NOT_SETTINGS = ("versions", "why")  # keys of a config.json that say something about the run, but set nothing
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "none"}
+PLURALS = {int: "whole numbers", float: "numbers", str: "names"}
 
 
 class Fail(Exception):
@@ -58,7 +61,6 @@ class Parsed:
 
     settings: Any  # the dataclass instance
     given: dict[str, Any]  # the values that stood on the command line itself, by field
-    config_file: str | None  # of --config
 
 
 def parse(cls: type, argv: list[str], usage: str) -> Parsed:
@@ -68,31 +70,26 @@ def parse(cls: type, argv: list[str], usage: str) -> Parsed:
         Fail: an unknown or repeated flag, a value of the wrong type, or a rule of the class itself.
         SystemExit: after `--help`.
     """
-    hints = get_type_hints(cls)
-    names = [field.name for field in fields(cls)]
     if "-h" in argv or "--help" in argv:
         print(help_text(cls, usage))
         sys.exit(0)
-    values, given, config_file = {}, {}, None
-    for name, words in _split(argv, names, hints):
-        if name in given or (name == "config" and config_file):
+    hints, given = get_type_hints(cls) | {"config": str}, {}
+    for name, words in _split(argv, hints):
+        if name in given:
             raise Fail(f"--{name} is given twice; give it once")
-        if name == "config":
-            config_file = words[0] if len(words) == 1 else ""
-            values = read_settings(Path(config_file), cls)
-        else:
-            given[name] = _from_words(name, words, hints[name])
-    return Parsed(make(cls, {**values, **given}), given, config_file)
+        if len(words) > 1 and not any(get_origin(option) is tuple for option in _options(hints[name])):
+            raise Fail(f"{name} takes one value; got {len(words)}: {' '.join(words)}")
+        given[name] = coerce(name, words if len(words) > 1 else words[0], hints[name])
+    values = read_settings(Path(given.pop("config")), cls) if "config" in given else {}
+    return Parsed(make(cls, values | given), given)
 
 
 def make(cls: type, values: dict[str, Any]) -> Any:
     """An instance of the dataclass `cls`; its defaults, which users edit, are checked by type as well."""
     hints = get_type_hints(cls)
-    merged = {field.name: field.default for field in fields(cls)} | values
-    try:
-        return cls(**{name: coerce(name, value, hints[name]) for name, value in merged.items()})
-    except ValueError as error:
-        raise Fail(str(error)) from error
+    all_values = {name: values.get(name, getattr(cls, name)) for name in hints}
+    with mendable():
+        return cls(**{name: coerce(name, value, hints[name]) for name, value in all_values.items()})
 
 
 def read_settings(path: Path, cls: type) -> dict[str, Any]:
@@ -106,7 +103,7 @@ def read_settings(path: Path, cls: type) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise Fail(f"--config {path} must hold one JSON object of settings; got {type(values).__name__}")
     values = {name: value for name, value in values.items() if name not in NOT_SETTINGS}
-    known = [field.name for field in fields(cls)]
+    known = get_type_hints(cls)
     for name in values:
         if name not in known:
             raise Fail(f"--config {path} has an unknown setting {name!r}.{near(name, known)}")
@@ -129,78 +126,63 @@ def resumed_settings(
     Raises:
         Fail: a given setting contradicts the run's.
     """
-    cls = type(settings)
-    hints = get_type_hints(cls)
-    run_is = {name: coerce(name, value, hints[name]) for name, value in saved.items() if name in hints}
-    own = {field.name: run_is.get(field.name, field.default) for field in fields(cls)}
-    allowed = {"resume": settings.resume, "output_dir": settings.output_dir, "check": settings.check}
-    for name, value in given.items():
-        longer = name == "epochs" and own["scheduler"] != "poly" and value > own["epochs"]
-        if name in free or longer:
-            allowed[name] = value
-        elif name not in allowed and value != own[name]:
+    run = make(type(settings), saved)
+    today = replace(settings, **given)  # where a size given as one number is height and width
+    allowed = ["output_dir", "check", *(name for name in given if name in free)]
+    if "epochs" in given and run.scheduler != "poly" and today.epochs > run.epochs:
+        allowed.append("epochs")
+    for name, own in vars(run).items():
+        value = getattr(today, name)
+        if name in allowed or name == "resume" or value == own:
+            continue
+        if name in given:
             why = " and whose poly schedule plans to the last epoch" if name == "epochs" else ""
             raise Fail(
-                f"--{name} {value} contradicts the run to resume, which has {own[name]}{why}. "
+                f"--{name} {value} contradicts the run to resume, which has {own}{why}. "
                 "Leave it out to go on, or start a new run from its weights by --init_from"
             )
-    for name, value in own.items():
-        if (
-            name not in allowed
-            and name not in given
-            and name != "run_name"
-            and getattr(settings, name) != value
-        ):
-            print(f"  {name} stays {value}, as the run began (config.py says {getattr(settings, name)})")
-    return make(cls, own | allowed)
+        if name != "run_name":
+            print(f"  {name} stays {own}, as the run began (config.py says {value})")
+    return replace(run, **{name: getattr(today, name) for name in allowed})
 
 
-def near(word: str, known: list[str]) -> str:
+def near(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'unet'?`, or nothing where no name comes close."""
     match = difflib.get_close_matches(word, known, n=1)
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
-def _split(argv: list[str], names: list[str], hints: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def _split(argv: list[str], hints: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Yield (field, words) a flag; `--no-x` yields the word false for a boolean field x."""
-    known = [*names, "config"] if "config" not in names else names
-    at = 0
-    while at < len(argv):
-        flag, at = argv[at], at + 1
-        if not flag.startswith("--") or flag == "--":
-            raise Fail(f"{flag!r} stands alone; settings are given as --name value. --help lists them")
-        name, equals, first = flag[2:].partition("=")
-        name = name.replace("-", "_")
-        words = [first] if equals else []
-        while at < len(argv) and not argv[at].startswith("--"):
-            words.append(argv[at])
-            at += 1
+    flags: list[tuple[str, list[str]]] = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if len(flag) > 2 and flag.startswith("--"):
+            flags.append((flag, [value] if equals else []))
+        elif flags and word != "--":
+            flags[-1][1].append(word)
+        else:
+            raise Fail(f"{word!r} stands alone; settings are given as --name value. --help lists them")
+    for flag, words in flags:
+        name = flag[2:].replace("-", "_")
         plain = name.removeprefix("no_")
-        if name not in known and plain in names and hints[plain] is bool:
+        if name not in hints and hints.get(plain) is bool:
             if words:
                 raise Fail(f"--no-{plain} takes no value; got {' '.join(words)}")
             name, words = plain, ["false"]
-        if name not in known:
-            raise Fail(f"unknown flag {flag.partition('=')[0]}.{near(name, known)} --help lists all settings")
-        if not words and hints.get(name) is not bool:
+        if name not in hints:
+            raise Fail(f"unknown flag {flag}.{near(name, hints)} --help lists all settings")
+        if not words and hints[name] is not bool:
             raise Fail(f"--{name} needs a value; --help says which")
         yield name, words or ["true"]
 
 
-def _from_words(name: str, words: list[str], hint: Any) -> Any:
-    """Turn the words after a flag into a value of the field's type."""
-    if any(get_origin(option) is tuple for option in _options(hint)):
-        none = len(words) == 1 and words[0].lower() == "none" and NoneType in _options(hint)
-        value = None if none else words
-    elif len(words) > 1:
-        raise Fail(f"{name} takes one value; got {len(words)}: {' '.join(words)}")
-    else:
-        value = words[0]
-    return coerce(name, value, hint)
-
-
 def _options(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _choices(hint: Any) -> list[str]:
+    return [str(c) for option in _options(hint) if get_origin(option) is Literal for c in get_args(option)]
 
 
 def coerce(name: str, value: Any, hint: Any) -> Any:
@@ -212,50 +194,36 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     for option in sorted(_options(hint), key=lambda option: option is not NoneType):  # "none" is text, too
         try:
             return _convert(value, option)
-        except (ValueError, TypeError):
+        except (ValueError, LookupError, OverflowError):
             continue
-    choices = [str(c) for option in _options(hint) if get_origin(option) is Literal for c in get_args(option)]
-    shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-    hint_near = near(str(shown), choices) if choices else ""
-    raise Fail(f"{name} must be {describe(hint)}; got {str(shown)!r}.{hint_near}".removesuffix("."))
+    shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    close = near(shown, _choices(hint))
+    raise Fail(f"{name} must be {describe(hint)}; got {shown!r}.{close}".removesuffix("."))
 
 
 def _convert(value: Any, option: Any) -> Any:
-    """One type's reading of a value; raises ValueError or TypeError where it is not of that type."""
-    if option is NoneType:
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            return None
-    elif get_origin(option) is Literal:
-        for choice in get_args(option):
-            if value == choice and type(value) is type(choice) or value == str(choice):
-                return choice
-        if isinstance(value, list) and len(value) == 1:
-            return _convert(value[0], option)
-    elif option is bool:
-        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-        if isinstance(value, bool) or str(value).lower() in words:
-            return value if isinstance(value, bool) else words[str(value).lower()]
-    elif option is int:
-        if isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        if isinstance(value, (int, str)) and not isinstance(value, bool):
-            return int(value)
-    elif option is float:
-        if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            number = float(value)
-            if number - number == 0:  # neither infinite nor NaN
-                return number
-    elif option is str:
-        if isinstance(value, str):
-            return value
-    elif get_origin(option) is tuple:
-        if isinstance(value, str):  # inside a nested tuple: 255,0,0 or #ff0000
-            value = list(bytes.fromhex(value[1:])) if value.startswith("#") else value.split(",")
-        if isinstance(value, (list, tuple)):
-            inner = get_args(option)
-            kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+    """One type's reading of a value; raises ValueError, LookupError or OverflowError where it has none."""
+    if option is NoneType and str(value).lower() == "none":
+        return None
+    if option is bool:
+        return BOOLEANS[str(value).lower()]
+    if option is str and isinstance(value, str):
+        return value
+    if option in (int, float) and isinstance(value, (option, int, str)) and not isinstance(value, bool):
+        number = option(value)
+        if abs(number) < inf:  # nor NaN
+            return number
+    if get_origin(option) is Literal:
+        return {str(choice): choice for choice in get_args(option)}[str(value)]
+    if get_origin(option) is tuple:
+        kinds = get_args(option)
+        if isinstance(value, str):  # 255,0,0 or #ff0000, or one name or colour of several
+            inner = value.split(",") if kinds[0] in (int, float) else [value]
+            value = bytes.fromhex(value[1:]) if kinds[0] is int and value.startswith("#") else inner
+        if isinstance(value, (list, tuple, bytes)):
+            kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
             if len(kinds) == len(value) > 0:
-                return tuple(_convert(v, kind) for v, kind in zip(value, kinds, strict=True))
+                return tuple(map(_convert, value, kinds))
     raise ValueError
 
 
@@ -263,43 +231,30 @@ def describe(hint: Any) -> str:
     """A type in words: `two whole numbers`, `one of unet, fcn`, `a number or none`."""
     words = []
     for option in _options(hint):
+        inner = get_args(option)
         if get_origin(option) is Literal:
-            choices = get_args(option)
-            words.append(("one of " if len(choices) > 1 else "") + ", ".join(map(str, choices)))
+            words.append("one of " * (len(inner) > 1) + ", ".join(map(str, inner)))
         elif get_origin(option) is tuple:
-            inner = get_args(option)
-            many = "" if inner[-1] is Ellipsis else {2: "two ", 3: "three "}.get(len(inner), f"{len(inner)} ")
-            plural = {int: "whole numbers", float: "numbers", str: "names"}
-            words.append(many + plural.get(inner[0], "colours (255,0,0 or '#ff0000')"))
+            many = "" if inner[-1] is Ellipsis else {2: "two "}.get(len(inner), f"{len(inner)} ")
+            words.append(many + PLURALS.get(inner[0], "colours (255,0,0 or '#ff0000')"))
         else:
-            plain = {
-                int: "a whole number",
-                float: "a number",
-                str: "text",
-                bool: "true or false",
-                NoneType: "none",
-            }
-            words.append(plain[option])
+            words.append(TYPES[option])
     return " or ".join(words)
 
 
 def help_text(cls: type, usage: str) -> str:
     """Each field with its remark and default, under the headings of the file."""
-    hints, remarks = get_type_hints(cls), field_remarks(cls)
-    lines = [usage, ""]
-    for field in fields(cls):
-        heading, remark = remarks[field.name]
-        if heading:
-            lines += ["", heading]
-        flag = f"--{field.name} / --no-{field.name}" if hints[field.name] is bool else f"--{field.name}"
-        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        choices = [c for o in _options(hints[field.name]) if get_origin(o) is Literal for c in get_args(o)]
-        text = remark + (f" [{', '.join(map(str, choices))}]" if choices else "") + f" (default: {default})"
-        lines.append(f"  {flag}")
+    lines, remarks = [usage, ""], field_remarks(cls)
+    for name, hint in get_type_hints(cls).items():
+        heading, remark = remarks[name]
+        default, choices = getattr(cls, name), ", ".join(_choices(hint))
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = remark + f" [{choices}]" * bool(choices) + f" (default: {shown})"
+        lines += ["", heading] if heading else []
+        lines.append(f"  --{name}" + f" / --no-{name}" * (hint is bool))
         lines += textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    if "config" not in hints:
-        lines += ["", "  --config FILE.json", "      start from these settings instead of the defaults"]
-    return "\n".join(lines + ["", "  --help", "      this list"])
+    lines += ["", "  --config FILE.json", "      start from these settings instead of the defaults"]
+    return "\n".join([*lines, "", "  --help", "      this list"])
 
 
 def field_remarks(cls: type) -> dict[str, tuple[str, str]]:
@@ -307,27 +262,19 @@ def field_remarks(cls: type) -> dict[str, tuple[str, str]]:
 
     A remark begins behind its field and goes on in the comments below; one after a blank line is a heading.
     """
-    source = textwrap.dedent(inspect.getsource(cls))
-    ends = {}  # last line of a field: its name
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            ends[node.end_lineno] = node.target.id
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
+    source = io.StringIO(textwrap.dedent(inspect.getsource(cls)))
+    hints, heading, name = get_type_hints(cls), "", None
     remarks: dict[str, tuple[str, str]] = {}
-    heading, name = "", None
-    for number, line in enumerate(source.splitlines(), start=1):
-        if number in ends:
-            name = ends[number]
-            remarks[name], heading = (heading, comments.get(number, "")), ""
-        elif line.strip().startswith("#") and name:
+    for token in tokenize.generate_tokens(source.readline):
+        comment = token.string.removeprefix("#").strip() if token.type == tokenize.COMMENT else ""
+        if token.type == tokenize.NAME and token.start[1] == 4 and token.string in hints:
+            name = token.string
+            remarks[name], heading = (heading, ""), ""
+        elif comment and name:
             above, remark = remarks[name]
-            remarks[name] = (above, f"{remark} {comments[number]}")
-        elif line.strip().startswith("#"):
-            heading = comments[number]
-        elif not line.strip():
+            remarks[name] = (above, f"{remark} {comment}".lstrip())
+        elif comment:
+            heading = comment
+        elif not token.line.strip():
             name = None
     return remarks

@@ -1,6 +1,7 @@
 """What the machine offers: which device, which precision, how many threads, and memory that is kept."""
 
 import ctypes
+import errno
 import os
 import sys
 from contextlib import AbstractContextManager
@@ -105,6 +106,21 @@ def describe_device(device: torch.device) -> str:
         found = torch.cuda.get_device_properties(device)
         return f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def is_busy(device: torch.device) -> bool:
+    """Whether a GPU still has work; a CPU has done it all when the call returns."""
+    return device.type == "cuda" and not torch.cuda.current_stream(device).query()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the GPU or of the machine, for which torch has no exception of its own."""
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -119,6 +119,11 @@ def gathered(value: dict) -> dict:
     return {key: item for part in parts for key, item in part.items()}
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether another process is gone or silent: gloo's errors have no type of their own, but its name."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def wait_for_all() -> None:
     """Go on only when every process has come here."""
     if dist.is_initialized():

@@ -1,31 +1,27 @@
 """Optimizers with their parameter groups, and learning-rate schedules that are functions of the step.
 
-The rate of step ``k`` is a closed form of ``k`` (for plateau also of the scores seen so far), never of the
-rate of step ``k - 1``. A run that is broken off and resumed therefore continues with the very same digits,
+The rate of step `k` is a closed form of `k` (for plateau also of the scores seen so far), never of the
+rate of step `k - 1`. A run that is broken off and resumed therefore continues with the very same digits,
 and what a schedule will do can be drawn before it does it.
 """
 
-import difflib
-import inspect
 from collections import Counter
+from collections.abc import Iterable
+from copy import copy
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import nn
 
+from utils.cli import near
 
-def _adam(groups, momentum, **fast):
-    return torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8, **fast)
-
-
-def _sgd(groups, momentum, **fast):
-    return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, **fast)
-
-
-def _rmsprop(groups, momentum, **fast):  # torch has no fused one
-    return torch.optim.RMSprop(groups, alpha=0.99, eps=1e-8, momentum=momentum)
-
-
-OPTIMIZERS = {"adam": _adam, "sgd": _sgd, "rmsprop": _rmsprop}
+OPTIMIZERS = {  # from groups, momentum and the choice of the fused form, which torch's RMSprop lacks
+    "adam": lambda groups, momentum, fused: torch.optim.Adam(groups, fused=fused),
+    "sgd": lambda groups, momentum, fused: torch.optim.SGD(
+        groups, momentum=momentum, nesterov=momentum > 0, fused=fused
+    ),
+    "rmsprop": lambda groups, momentum, fused: torch.optim.RMSprop(groups, momentum=momentum),
+}
 
 
 def build_optimizer(
@@ -36,20 +32,18 @@ def build_optimizer(
     weight_decay: float = 0.0,
     momentum: float = 0.9,
     backbone_lr_scale: float = 1.0,
-    backbone: str = "backbone",
 ) -> torch.optim.Optimizer:
-    """Build an optimizer over the trainable parameters of ``model``.
+    """Build an optimizer over the trainable parameters of `model`.
 
     Args:
         model: on its device already; on a CPU or CUDA device adam and sgd take their fused form.
-        name: ``adam`` (betas 0.9 and 0.999; weight decay is the L2 term of the paper, not AdamW's), ``sgd``
-            (Nesterov, in torch's form: the velocity does not contain the learning rate), ``rmsprop`` (alpha
+        name: `adam` (betas 0.9 and 0.999; weight decay is the L2 term of the paper, not AdamW's), `sgd`
+            (Nesterov, in torch's form: the velocity does not contain the learning rate), `rmsprop` (alpha
             0.99).
         lr: learning rate of everything but the backbone.
         weight_decay: on weights of two or more dimensions; norms and biases have none.
         momentum: of sgd and rmsprop; Adam has its first beta instead.
-        backbone_lr_scale: factor on the learning rate of the parameters below a module named ``backbone``.
-        backbone: the name of that module.
+        backbone_lr_scale: factor on the learning rate of the parameters below a module named `backbone`.
 
     Raises:
         ValueError: unknown name, a value out of range, or a parameter that is not in exactly one group.
@@ -59,48 +53,49 @@ def build_optimizer(
     _within("weight_decay", weight_decay, weight_decay >= 0, "0 or more")
     _within("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
     _within("backbone_lr_scale", backbone_lr_scale, backbone_lr_scale > 0, "above 0")
-    groups = parameter_groups(model, lr, weight_decay, backbone_lr_scale, backbone)
+    groups = parameter_groups(model, lr, weight_decay, backbone_lr_scale)
     check_groups(model, groups)
-    fast = all(p.device.type in ("cpu", "cuda") for group in groups for _, p in group["params"])
-    return OPTIMIZERS[name](groups, momentum, **({"fused": True} if fast else {}))
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for _, p in group["params"])
+    return OPTIMIZERS[name](groups, momentum, fused or None)
 
 
-def parameter_groups(model, lr, weight_decay, backbone_lr_scale=1.0, backbone="backbone") -> list[dict]:
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, backbone_lr_scale: float = 1.0
+) -> list[dict]:
     """Sort the trainable parameters by learning rate and by weight decay.
 
     Vectors (scale and shift of a norm, every bias) get no weight decay: pulling them to zero makes no
     function simpler (He et al., Bag of Tricks, 2019, section 3.1).
 
     Returns:
-        Up to four groups, called ``head``, ``head.no_decay``, ``backbone``, ``backbone.no_decay`` under
-        ``name``; an optimizer keeps the parameters' names under ``param_names``.
+        Up to four groups, called `head`, `head.no_decay`, `backbone`, `backbone.no_decay` under
+        `name`; an optimizer keeps the parameters' names under `param_names`.
     """
-    split = {"head": [], "head.no_decay": [], "backbone": [], "backbone.no_decay": []}
+    members = {"head": [], "head.no_decay": [], "backbone": [], "backbone.no_decay": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "backbone" if backbone in name.split(".") else "head"
-            split[part if parameter.ndim > 1 else f"{part}.no_decay"].append((name, parameter))
-    if backbone_lr_scale != 1 and not split["backbone"] + split["backbone.no_decay"]:
+            part = "backbone" if "backbone" in name.split(".") else "head"
+            members[part if parameter.ndim > 1 else f"{part}.no_decay"].append((name, parameter))
+    if backbone_lr_scale != 1 and not members["backbone"] + members["backbone.no_decay"]:
         raise ValueError(
-            f"backbone_lr_scale needs trainable parameters under {backbone!r}; {type(model).__name__} has "
+            f"backbone_lr_scale needs trainable parameters under 'backbone'; {type(model).__name__} has "
             f"none; got {backbone_lr_scale}. Set it to 1, or take a model with a backbone that is not frozen."
         )
     return [
         {
-            "params": members,
+            "params": parameters,
             "name": name,
             "lr": lr * (backbone_lr_scale if name.startswith("backbone") else 1),
             "weight_decay": 0.0 if name.endswith("no_decay") else weight_decay,
         }
-        for name, members in split.items()
-        if members
+        for name, parameters in members.items()
+        if parameters
     ]
 
 
-def check_groups(model: nn.Module, groups: list[dict]):
-    """Raise ValueError unless ``groups`` hold each trainable parameter of ``model`` once and no other."""
-    members = [p[1] if isinstance(p, tuple) else p for group in groups for p in group["params"]]
-    seen = Counter(id(parameter) for parameter in members)
+def check_groups(model: nn.Module, groups: list[dict]) -> None:
+    """Raise ValueError unless `groups` hold each trainable parameter of `model` once and no other."""
+    seen = Counter(id(p[1] if isinstance(p, tuple) else p) for group in groups for p in group["params"])
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError(
@@ -117,120 +112,80 @@ def check_groups(model: nn.Module, groups: list[dict]):
         )
 
 
+def _poly(schedule: "Schedule", step: int) -> float:
+    """DeepLab's "poly" (Chen, 2016) over the steps after the warm-up; the last has a rate above 0."""
+    length = schedule.total_steps - schedule.warmup_steps
+    return max(0.0, 1 - (step - schedule.warmup_steps) / length) ** schedule.poly_power
+
+
+SCHEDULES = {  # name: the factor on the base rate at a step, 0-based, past the warm-up
+    "step": lambda s, step: s.step_gamma ** (step // s.steps_per_epoch // s.step_size),  # as torch's StepLR
+    "poly": _poly,
+    "plateau": lambda s, step: s.plateau_factor**s.cuts,
+    "none": lambda s, step: 1.0,
+}
+
+
+@dataclass
 class Schedule:
-    """Constant learning rate (``none``), and the frame of the other schedules.
+    """The learning rate of each step of a run, set in the optimizer's groups.
 
-    In the first W = ``warmup_steps`` steps, k < W, the rate is base * (k + 1) / (W + 1); then base *
-    factor(k).
-
-    Args:
-        optimizer: its groups' present rates are the base rates.
-        steps_per_epoch: optimizer steps, not batches, where gradients are accumulated.
-        epochs: length of the run.
-        warmup_steps: length of the linear warm-up, in steps.
+    In the first W = `warmup_steps` steps, k < W, the rate is base * (k + 1) / (W + 1); then base * factor.
+    Call `step()` after each optimizer step and `epoch_end(score)` after each epoch. To resume, load the
+    optimizer's state and this one's.
 
     Attributes:
-        position: the number of steps taken; each group's ``lr`` is the one of the step to come.
+        position: the number of steps taken; each group's `lr` is the one of the step to come.
+
+    Raises:
+        ValueError: unknown name, or a value out of range.
+
+    Example:
+        >>> optimizer = build_optimizer(nn.Linear(2, 1), "sgd", lr=1.0)
+        >>> build_schedule(optimizer, "step", steps_per_epoch=1, epochs=4, step_size=2).plan()
+        [1.0, 1.0, 0.1, 0.1]
     """
 
-    kept = ("position",)  # what a checkpoint needs, plain values
+    optimizer: torch.optim.Optimizer  # its groups' present rates are the base rates
+    name: str  # a key of SCHEDULES, which uses the options that begin with it
+    _: KW_ONLY
+    steps_per_epoch: int  # optimizer steps, not batches, where gradients are accumulated
+    epochs: int  # length of the run
+    warmup_steps: int = 0  # steps of linear warm-up in front of any schedule
+    step_size: int = 30  # epochs between two cuts
+    step_gamma: float = 0.1  # factor of each cut
+    poly_power: float = 0.9
+    plateau_factor: float = 0.1  # of each cut
+    plateau_patience: int = 10  # validations without a rise that are borne
 
-    def __init__(self, optimizer, steps_per_epoch, epochs, warmup_steps):
-        self.optimizer = optimizer
-        self.steps_per_epoch = steps_per_epoch
-        self.total_steps = steps_per_epoch * epochs
-        self.warmup_steps = warmup_steps
-        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.position = 0
-        self._set_rates()
+    def __post_init__(self) -> None:
+        total = self.total_steps = self.steps_per_epoch * self.epochs
+        _one_of("scheduler", self.name, SCHEDULES)
+        _within("steps_per_epoch * epochs", total, min(self.steps_per_epoch, self.epochs) > 0, "1 or more")
+        for name, right, wanted in (
+            ("warmup_steps", 0 <= self.warmup_steps < total, f"in 0..{total - 1}, below the run"),
+            ("step_size", self.step_size >= 1, "1 or more epochs"),
+            ("step_gamma", 0 < self.step_gamma <= 1, "in (0, 1]"),
+            ("poly_power", self.poly_power > 0, "above 0"),
+            ("plateau_factor", 0 < self.plateau_factor < 1, "in (0, 1)"),
+            ("plateau_patience", self.plateau_patience >= 0, "0 or more validations"),
+        ):
+            _within(name, getattr(self, name), right, wanted)
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.load_state_dict({"position": 0, "best": float("-inf"), "waited": 0, "cuts": 0})
 
-    def factor(self, step: int) -> float:
-        """Return the factor on the base rate at ``step``, 0-based, warm-up left aside."""
-        return 1.0
-
-    def step(self):
+    def step(self) -> None:
         """Count one optimizer step, and set the rates of the next."""
         self.position += 1
         self._set_rates()
 
-    def epoch_end(self, score: float | None):
-        """Take note of the monitored score, higher is better; None where the epoch had no validation."""
+    def epoch_end(self, score: float | None) -> None:
+        """Take note of the monitored score, higher is better; None where the epoch had no validation.
 
-    def plan(self) -> list[float]:
-        """Return the first group's rate at each step of the run, to draw (plateau: without further cuts)."""
-        return [self.base_lrs[0] * self._warmed(step) for step in range(self.total_steps)]
-
-    def state_dict(self) -> dict:
-        """Return what a resumed run needs, in plain values."""
-        return {name: getattr(self, name) for name in self.kept}
-
-    def load_state_dict(self, state: dict):
-        """Continue where ``state`` was taken: the groups' rates are set anew."""
-        for name in self.kept:
-            setattr(self, name, state[name])
-        self._set_rates()
-
-    def _warmed(self, step):
-        return (step + 1) / (self.warmup_steps + 1) if step < self.warmup_steps else self.factor(step)
-
-    def _set_rates(self):
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * self._warmed(self.position)
-
-
-class StepLR(Schedule):
-    """step_gamma^floor(epoch / step_size), as torch's StepLR; epochs count from the run's start."""
-
-    def __init__(self, *frame, step_size: int, step_gamma: float):
-        _within("step_size", step_size, step_size >= 1, "1 or more epochs")
-        _within("step_gamma", step_gamma, 0 < step_gamma <= 1, "in (0, 1]")
-        self.step_size, self.step_gamma = step_size, step_gamma
-        super().__init__(*frame)
-
-    def factor(self, step):
-        """Return gamma^floor(epoch / size)."""
-        return self.step_gamma ** (step // self.steps_per_epoch // self.step_size)
-
-
-class PolyLR(Schedule):
-    """(1 - t / T)^poly_power per step, t of the T steps after the warm-up: DeepLab's "poly" (Chen, 2016).
-
-    The last step has t = T - 1 and so a rate above 0; past the end of the run the rate is 0.
-    """
-
-    def __init__(self, *frame, poly_power: float):
-        _within("poly_power", poly_power, poly_power > 0, "above 0")
-        self.poly_power = poly_power
-        super().__init__(*frame)
-
-    def factor(self, step):
-        """Return (1 - t / T)^power."""
-        length = self.total_steps - self.warmup_steps
-        return max(0.0, 1 - (step - self.warmup_steps) / length) ** self.poly_power
-
-
-class PlateauLR(Schedule):
-    """plateau_factor^cuts; a cut falls when over ``plateau_patience`` validations in a row bring no rise.
-
-    As torch's ReduceLROnPlateau(mode="max") by default: a rise is one by more than 1e-4 of the best score so
-    far, and NaN is none. Epochs without validation do not count.
-    """
-
-    kept = ("position", "best", "waited", "cuts")
-
-    def __init__(self, *frame, plateau_factor: float, plateau_patience: int):
-        _within("plateau_factor", plateau_factor, 0 < plateau_factor < 1, "in (0, 1)")
-        _within("plateau_patience", plateau_patience, plateau_patience >= 0, "0 or more validations")
-        self.plateau_factor, self.plateau_patience = plateau_factor, plateau_patience
-        self.best, self.waited, self.cuts = float("-inf"), 0, 0
-        super().__init__(*frame)
-
-    def factor(self, step):
-        """Return factor^cuts."""
-        return self.plateau_factor**self.cuts
-
-    def epoch_end(self, score):
-        """Compare the score with the best so far; cut when patience has run out."""
+        When over `plateau_patience` validations in a row bring no rise, `plateau` cuts. As torch's
+        ReduceLROnPlateau(mode="max") by default: a rise is one by more than 1e-4 of the best score so far,
+        and NaN is none.
+        """
         if score is None:
             return
         if score > self.best * (1 + 1e-4):
@@ -241,59 +196,43 @@ class PlateauLR(Schedule):
             self.cuts, self.waited = self.cuts + 1, 0
         self._set_rates()
 
+    def rate(self, step: int) -> float:
+        """Return the first group's rate at a step, by the cuts so far."""
+        return self.base_lrs[0] * self._factor(step)
 
-SCHEDULES = {"step": StepLR, "poly": PolyLR, "plateau": PlateauLR, "none": Schedule}
+    def plan(self) -> list[float]:
+        """Return the first group's rate at each step of the run, to draw: as planned at its start, uncut."""
+        planned = copy(self)
+        planned.cuts = 0
+        return [planned.rate(step) for step in range(self.total_steps)]
 
+    def state_dict(self) -> dict:
+        """Return what a resumed run needs, in plain values."""
+        return {name: getattr(self, name) for name in ("position", "best", "waited", "cuts")}
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer,
-    name: str,
-    *,
-    steps_per_epoch: int,
-    epochs: int,
-    warmup_steps: int = 0,
-    step_size: int = 30,
-    step_gamma: float = 0.1,
-    poly_power: float = 0.9,
-    plateau_factor: float = 0.1,
-    plateau_patience: int = 10,
-) -> Schedule:
-    """Build the schedule ``name``; it takes the options that its class names, and leaves the others alone.
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state` was taken: the groups' rates are set anew."""
+        vars(self).update(state)
+        self._set_rates()
 
-    Call ``step()`` after each optimizer step and ``epoch_end(score)`` after each epoch.
+    def _factor(self, step: int) -> float:
+        warming = step < self.warmup_steps
+        return (step + 1) / (self.warmup_steps + 1) if warming else SCHEDULES[self.name](self, step)
 
-    Args:
-        optimizer: fresh from ``build_optimizer``; when resuming, load both states afterwards.
-        name: ``step``, ``poly``, ``plateau`` or ``none``.
-        steps_per_epoch: optimizer steps in an epoch.
-        epochs: epochs in the run.
-        warmup_steps: steps of linear warm-up in front of any of them.
-        step_size: epochs between the cuts of ``step``.
-        step_gamma: factor of each cut of ``step``.
-        poly_power: exponent of ``poly``.
-        plateau_factor: factor of each cut of ``plateau``.
-        plateau_patience: validations without a rise that ``plateau`` bears.
-
-    Raises:
-        ValueError: unknown name, or a value out of range.
-    """
-    given = dict(locals())
-    _one_of("scheduler", name, SCHEDULES)
-    total = steps_per_epoch * epochs
-    _within("steps_per_epoch * epochs", total, steps_per_epoch >= 1 and epochs >= 1, "1 or more")
-    _within("warmup_steps", warmup_steps, 0 <= warmup_steps < total, f"in 0..{total - 1}, below the run")
-    known = inspect.signature(SCHEDULES[name]).parameters.values()
-    options = {option.name: given[option.name] for option in known if option.kind is option.KEYWORD_ONLY}
-    return SCHEDULES[name](optimizer, steps_per_epoch, epochs, warmup_steps, **options)
+    def _set_rates(self) -> None:
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = base * self._factor(self.position)
 
 
-def _one_of(field, name, choices):
+build_schedule = Schedule  # called as build_optimizer is
+
+
+def _one_of(field: str, name: str, choices: Iterable[str]) -> None:
     if name not in choices:
-        close = difflib.get_close_matches(str(name), choices, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else "Choose one of these."
-        raise ValueError(f"{field} must be one of {', '.join(choices)}; got {name!r}. {hint}")
+        hint = near(str(name), list(choices)) or " Choose one of these."
+        raise ValueError(f"{field} must be one of {', '.join(choices)}; got {name!r}.{hint}")
 
 
-def _within(field, value, right, wanted):
+def _within(field: str, value: float, right: bool, wanted: str) -> None:
     if not right:
         raise ValueError(f"{field} must be {wanted}; got {value}. Change that setting.")

@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,9 +65,8 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
         except FileExistsError:
             if run_name:
                 break
-    raise ValueError(
-        f"run_name {name!r} exists in {output_dir}. Go on with it by --resume {folder}, or give another name"
-    )
+    way = f"Go on with it by --resume {folder}" if (folder / "last.pt").exists() else "Remove it"
+    raise ValueError(f"run_name {name!r} exists in {output_dir}. {way}, or give another name")
 
 
 def find_run(resume: str, output_dir: Path) -> Path:
@@ -175,12 +173,16 @@ class StopSignal:
 
     What comes within a second is one: torchrun passes on a Ctrl-C that the processes have had already.
 
+    Args:
+        quiet: say nothing when a signal comes; another process of the run does.
+
     Attributes:
-        number: of the signal that came; 0 where none did.
+        number: of the signal that came, at any moment; 0 where none did. Several processes first agree on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.number = 0
+        self._quiet = quiet
         self._came_at = 0.0
 
     def __enter__(self) -> "StopSignal":
@@ -200,14 +202,29 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.number, self._came_at = number, time.monotonic()
-        print("\nstopping after this step; once more to end at once", file=sys.stderr, flush=True)
+        if not self._quiet:  # not by print, which may be at work on the same stream just now
+            os.write(2, b"\nstopping after this step; once more to end at once\n")
+
+
+def format_time(seconds: float) -> str:
+    """A length of time as one says it: 40 s, 3 min, 5.5 h, 2.1 days."""
+    for unit, length, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.{digits}f} {unit}"
+    return f"{max(1, seconds):.0f} s"
 
 
 class Clock:
-    """Seconds of wall time by what they went to."""
+    """Seconds of wall time by what they went to, and the pace of the steps.
+
+    Attributes:
+        told: whether the run's length has been estimated.
+    """
 
     def __init__(self) -> None:
         self.seconds = {"data": 0.0, "step": 0.0, "validation": 0.0, "saving": 0.0}
+        self.told = False
+        self._first: tuple[int, float] | None = None
 
     @contextmanager
     def to(self, what: str) -> Iterator[None]:
@@ -216,7 +233,17 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[what] += time.perf_counter() - start
+            self.add(what, start)
+
+    def add(self, what: str, start: float) -> None:
+        """Count the time since `start` towards `what`."""
+        self.seconds[what] += time.perf_counter() - start
+
+    def since_first(self, steps: int) -> tuple[int, float]:
+        """Steps and seconds since the first call, which comes when the first step, a slow one, is over."""
+        now = time.perf_counter()
+        self._first = self._first or (steps, now)
+        return steps - self._first[0], now - self._first[1]
 
     def share(self, what: str) -> float:
         """Of the time counted so far, 0 to 1."""
@@ -224,7 +251,13 @@ class Clock:
 
     def describe(self) -> str:
         """Shares in percent, with advice where the data is waited for."""
-        text = ", ".join(f"{what} {100 * self.share(what):.0f} %" for what in self.seconds)
-        if self.share("data") > 0.1:
-            text += ". Data is waited for: try cache ram or disk, more num_workers, or smaller picture files"
-        return text
+        return ", ".join(f"{what} {100 * self.share(what):.0f} %" for what in self.seconds) + self.advice()
+
+    def advice(self) -> str:
+        """What to try where over a tenth of the time so far went to waiting for data; empty elsewhere."""
+        if self.share("data") <= 0.1:
+            return ""
+        return (
+            f". Data is waited for in {100 * self.share('data'):.0f} % of the time: try cache ram or disk, "
+            "more num_workers, or smaller picture files"
+        )

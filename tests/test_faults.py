@@ -1,0 +1,446 @@
+"""What goes wrong while a run goes on: it ends with a message and its code, and what was saved is whole."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import doors
+import pytest
+import torch
+
+import train
+from models import read_checkpoint
+from utils import checkpoint as files
+from utils.cli import Fail, end_with
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+resource = pytest.importorskip("resource", reason="the limits and signals of POSIX")
+
+
+def at_step(number, fault):
+    """Let `fault` happen as the step of this number begins, counted over the whole run."""
+    original = train.train_step
+
+    def step(run, *args):
+        if run.schedule.position == number:
+            fault(run)
+        return original(run, *args)
+
+    return step
+
+
+def child(config, log, number, fault, environment):
+    """Train in a process and a process group of its own, whose console is the file `log`."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.setpgid(0, 0)
+    os.chdir(log.parent)
+    multiprocessing.set_start_method("fork", force=True)  # of loading processes, as where `child` is main
+    os.environ.update(environment)
+    if "RANK" in environment:  # several at once; one alone must add up in the order of the unbroken run
+        torch.set_num_threads(1)
+    if fault:
+        train.train_step = at_step(number, fault)
+    try:
+        end_with(lambda: train.main(config))
+    finally:
+        os.seteuid(os.getuid())  # see read_only
+
+
+def start_child(config, log, number=0, fault=None, **environment):
+    process = doors.CONTEXT.Process(target=child, args=(config, log, number, fault, environment))
+    process.start()
+    return process
+
+
+def ended(process):
+    process.join(60)
+    if process.exitcode is None:
+        process.kill()
+    return process.exitcode
+
+
+def met(monkeypatch, config, number, fault):
+    """Train in this process until `fault` ends it; what it says then."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", at_step(number, fault))
+        with pytest.raises(Fail) as caught:
+            train.main(config)
+    assert caught.value.code == 1
+    return str(caught.value)
+
+
+def unbroken(settings, kept={}):  # noqa: B006  (one run for all tests: the data is the same in each)
+    """The checkpoints of a run that nothing happens to."""
+    if not kept:
+        folder = train.main(settings(run_name="unbroken"))
+        kept.update({name: read_checkpoint(folder / name)["model"] for name in ("last.pt", "best.pt")})
+    return kept
+
+
+def assert_same(settings, folder):
+    for name, weights in unbroken(settings).items():
+        found = read_checkpoint(folder / name)["model"]
+        assert all(torch.equal(value, found[key]) for key, value in weights.items())
+    assert (folder / "log.csv").read_text().count("\n") == 3
+    assert (folder / "report.png").exists()
+
+
+# --- the disk ---
+
+
+def full(run):
+    """No file may be larger than half a checkpoint, as where the disk has no more room than that."""
+    half = (run.folder / "last.pt").stat().st_size // 2
+    resource.setrlimit(resource.RLIMIT_FSIZE, (half, resource.RLIM_INFINITY))
+
+
+def read_only(run):
+    """The folder becomes one that this user cannot write to."""
+    if os.geteuid():
+        run.folder.chmod(0o500)
+    else:
+        os.seteuid(65534)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [(full, "File too large"), (read_only, "Permission denied")],
+    ids=["full", "read-only"],
+)
+def test_a_disk_that_takes_no_more_ends_the_run_and_leaves_the_checkpoint(
+    settings, tmp_path, monkeypatch, fault, words
+):
+    tmp_path.chmod(0o755)
+    config = settings(data_root="data", output_dir="runs")  # so that another user finds the way, too
+    process = start_child(config, tmp_path / "log", 4, fault)
+    assert ended(process) == 1
+    monkeypatch.chdir(tmp_path)
+    said = (tmp_path / "log").read_text()
+    for part in ("error: ", words, "'runs/run/last.pt'", "go on with --resume runs/run"):
+        assert part in said.splitlines()[-1]
+    assert "Traceback" not in said
+    Path("runs/run").chmod(0o700)
+    assert {path.name for path in Path("runs/run").glob("*.pt")} == {"last.pt", "best.pt"}
+    assert read_checkpoint("runs/run/last.pt")["progress"]["epoch"] == 1
+    assert_same(settings, train.main(settings(data_root="data", output_dir="runs", resume="runs/run")))
+
+
+def test_a_disk_that_is_full_at_any_write_costs_nothing(settings, tmp_path, monkeypatch):
+    flush, moment, folder = os.fsync, 0, None
+    while folder is None or not (folder / "report.png").exists():
+        moment += 3
+        left = [moment]
+
+        def no_room(handle, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            flush(handle)
+
+        saved = folder is not None and (folder / "last.pt").exists()
+        folder = folder if saved else tmp_path / "runs" / f"run_{moment}"
+        config = settings(run_name=folder.name, resume=str(folder) if saved else None)
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "fsync", no_room)
+            try:
+                train.main(config)
+            except Fail as fail:
+                assert fail.code == 1
+                assert "No space left on device" in str(fail)
+        for path in folder.glob("*.pt"):
+            read_checkpoint(path)
+    assert moment > 10
+    assert_same(settings, folder)
+
+
+# --- memory, data, and the processes that load it ---
+
+
+def raising(error):
+    def fault(run):
+        raise error
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+        raising(MemoryError()),
+        raising(OSError(errno.ENOMEM, "Cannot allocate memory")),
+        lambda run: torch.empty(2**60, dtype=torch.uint8),  # a real one, of the CPU
+    ],
+    ids=["gpu", "python", "system", "cpu"],
+)
+def test_out_of_memory_names_the_peak_what_helps_and_that_nothing_was_saved(settings, monkeypatch, fault):
+    said = met(monkeypatch, settings(batch_size=6, accumulate=2, amp="off"), 0, fault)
+    for words in ("out of memory on cpu", " GiB", "accumulate 3, amp bf16", "base_channels", "start again"):
+        assert words in said
+    assert "--resume" not in said
+
+
+def test_a_run_out_of_memory_can_be_resumed(settings, monkeypatch):
+    said = met(monkeypatch, settings(), 4, raising(MemoryError()))
+    folder = Path(settings().output_dir) / "run"
+    assert f"go on with --resume {folder}" in said
+    assert f"--init_from {folder / 'last.pt'}" in said
+    assert_same(settings, train.main(settings(resume=str(folder))))
+
+
+def test_a_picture_that_vanishes_while_a_run_goes_on_is_named(settings, data, monkeypatch):
+    picture = data / "train" / "images" / "p5.png"
+    said = met(monkeypatch, settings(cache="off"), 0, lambda run: picture.unlink())
+    assert str(picture) in said
+    assert "start again" in said
+
+
+def test_a_loading_process_that_is_killed_ends_the_run_with_a_message(settings, monkeypatch):
+    def kill_worker(run):
+        (worker,) = run.loader._workers._iterator._workers
+        worker.kill()
+        time.sleep(5)  # it is noticed at once
+
+    said = met(monkeypatch, settings(cache="off", num_workers=1), 3, kill_worker)
+    assert "DataLoader worker" in said
+    assert "num_workers" in said
+    assert "--resume" in said
+
+
+def terminate_all(run):
+    """From outside, as torchrun does: what the main process sends its workers take in another way."""
+    subprocess.run(["kill", "-s", "TERM", "--", f"-{os.getpgid(0)}"], start_new_session=True, check=True)
+    time.sleep(0.3)  # a worker that died of it would be noticed now
+
+
+def test_a_signal_to_the_whole_group_loses_no_step(settings, tmp_path):
+    process = start_child(settings(cache="off", num_workers=1), tmp_path / "log", 4, terminate_all)
+    assert ended(process) == 143
+    folder = Path(settings().output_dir) / "run"
+    said = (tmp_path / "log").read_text()
+    assert f"error: stopped; go on with --resume {folder}" in said
+    assert "Traceback" not in said
+    assert read_checkpoint(folder / "last.pt")["progress"]["step"] == 2
+    assert_same(settings, train.main(settings(resume=str(folder))))
+
+
+# --- several processes ---
+
+
+def start_ranks(config, tmp_path, number=0, faults=(None, None)):
+    """What torchrun does, without its seconds of start: two processes that find each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start_child(
+            config, tmp_path / f"log{rank}", number, fault, RANK=str(rank), LOCAL_RANK=str(rank), **place
+        )
+        for rank, fault in enumerate(faults)
+    ]
+
+
+def die(run):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(run):
+    raise Fail("it does not work", 1)
+
+
+@pytest.mark.parametrize(("dead", "fault", "code"), [(0, die, -signal.SIGKILL), (1, fail, 1)])
+def test_where_one_of_two_processes_ends_the_other_says_so_and_the_run_goes_on_with_one(
+    settings, tmp_path, dead, fault, code
+):
+    faults = [None, None]
+    faults[dead] = fault
+    started = time.monotonic()
+    ranks = start_ranks(settings(), tmp_path, 4, faults)
+    codes = [ended(process) for process in ranks]
+    assert time.monotonic() - started < 60
+    assert (codes[dead], codes[1 - dead]) == (code, 1)
+    said = (tmp_path / f"log{1 - dead}").read_text()
+    folder = Path(settings().output_dir) / "run"
+    assert "error: another process of this run has ended" in said
+    assert f"go on with --resume {folder}" in said
+    assert "Traceback" not in said
+    train.main(settings(resume=str(folder)))
+    assert read_checkpoint(folder / "last.pt")["schedule"]["position"] == 6
+    assert (folder / "report.png").exists()
+
+
+def stop_in_validation(run):
+    """A signal comes while the next picture is validated."""
+    original = run.val_set.evaluation_item
+
+    def item(index):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(index)
+
+    run.val_set.evaluation_item = item
+
+
+def test_a_run_of_one_process_goes_on_with_two_and_a_signal_to_one_stops_both(
+    settings, tmp_path, monkeypatch
+):
+    met(monkeypatch, settings(epochs=3), 4, raising(MemoryError()))
+    folder = Path(settings().output_dir) / "run"
+    ranks = start_ranks(settings(resume=str(folder)), tmp_path, 4, (None, stop_in_validation))
+    assert [ended(process) for process in ranks] == [143, 143]
+    progress = read_checkpoint(folder / "last.pt")["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 3)
+    assert "stopped; go on" in (tmp_path / "log0").read_text()
+    assert (tmp_path / "log1").read_text() == ""  # one says it
+    ranks = start_ranks(settings(resume=str(folder)), tmp_path)
+    assert [ended(process) for process in ranks] == [0, 0]
+    assert (folder / "log.csv").read_text().count("\n") == 4
+    assert (folder / "report.png").exists()
+
+
+@pytest.mark.parametrize("times", [2, 4])  # in training, and in validation
+def test_a_signal_between_asking_the_processes_and_hearing_them_is_not_lost(settings, monkeypatch, times):
+    ask, left = train.distributed.largest, [times]
+
+    def largest(numbers):
+        agreed = ask(numbers)
+        left[0] -= 1
+        if not left[0]:
+            signal.raise_signal(signal.SIGTERM)
+        return agreed
+
+    monkeypatch.setattr(train.distributed, "largest", largest)
+    with pytest.raises(Fail) as caught:
+        train.main(settings())
+    assert caught.value.code == 143
+
+
+# --- resuming ---
+
+
+def test_a_run_that_is_stopped_while_it_validates_goes_on_as_if_it_had_not(settings, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", at_step(2, stop_in_validation))
+        with pytest.raises(Fail) as caught:
+            train.main(settings())
+    assert caught.value.code == 143
+    folder = Path(settings().output_dir) / "run"
+    assert read_checkpoint(folder / "last.pt")["progress"]["step"] == 3
+    assert_same(settings, train.main(settings(resume=str(folder))))
+    rows = (folder / "log.csv").read_text().splitlines()
+    assert float(dict(zip(rows[0].split(","), rows[1].split(","), strict=True))["images_per_second"]) == 0
+
+
+def test_a_run_that_dies_before_its_last_row_is_written_has_it_after_resuming(settings, monkeypatch):
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    train.main(settings(epochs=1, run_name="short"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.run_files, "write_log", no_room)
+        with pytest.raises(Fail, match="No space left"):
+            train.main(settings(epochs=1))
+    folder = Path(settings().output_dir) / "run"
+    train.main(settings(resume=str(folder)))
+    assert (folder / "log.csv").read_text().count("\n") == 2
+
+
+def test_a_run_that_stopped_early_is_finished(settings):
+    folder = train.main(settings(epochs=50, early_stop=1, learning_rate=1e-9, warmup_steps=0))
+    with pytest.raises(Fail, match="is finished after 2 epochs"):
+        train.main(settings(resume=str(folder)))
+
+
+def test_a_finished_run_that_is_given_more_epochs_is_unfinished_until_they_are_done(settings, monkeypatch):
+    folder = train.main(settings(scheduler="none"))
+    more = settings(epochs=3, scheduler="none", resume=str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", at_step(7, raising(MemoryError())))
+        with pytest.raises(Fail, match="out of memory"):
+            train.main(more, {"epochs": 3})
+    assert train.main(settings(resume="auto")) == folder
+    assert (folder / "log.csv").read_text().count("\n") == 4
+
+
+def test_a_run_begun_without_gradient_scaling_goes_on_with_it(settings, monkeypatch):
+    """As one of the CPU's does on a GPU that has fp16 alone."""
+    met(monkeypatch, settings(), 4, raising(MemoryError()))
+    built = train.build
+
+    def scaled(*args):
+        run = built(*args)
+        run.scaler = torch.amp.GradScaler("cpu")
+        return run
+
+    monkeypatch.setattr(train, "build", scaled)
+    folder = train.main(settings(resume="auto"))
+    assert read_checkpoint(folder / "last.pt")["scaler"]["scale"] > 0
+
+
+def test_a_checkpoint_with_foreign_code_is_refused_by_resume_and_the_code_does_not_run(settings, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    torch.save({"format": 1, "config": Payload()}, folder / "last.pt")
+    with pytest.raises(Fail, match="can be opened safely") as caught:
+        train.main(settings(resume=str(folder)))
+    assert caught.value.code == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_runs_started_at_once_have_each_its_folder(settings, tmp_path):
+    processes = [start_child(settings(run_name=None, epochs=1), tmp_path / f"log{i}") for i in range(3)]
+    assert [ended(process) for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "runs").glob("*/report.png"))) == 3
+
+
+def test_a_run_name_that_is_taken_is_refused_with_what_can_be_done(settings, tmp_path):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    with pytest.raises(Fail, match="'run' exists .* Remove it, or give another name"):
+        train.main(settings())
+
+
+# --- numbers ---
+
+
+def poison(run):
+    next(run.model.parameters()).data.fill_(torch.nan)
+
+
+def poison_after(run):
+    """The step itself has a finite loss, its update has not."""
+    original = run.schedule.step
+
+    def step():
+        original()
+        poison(run)
+
+    run.schedule.step = step
+
+
+def test_a_loss_that_is_not_finite_is_told_with_the_rate_of_its_step_and_resumed_before_it(
+    settings, monkeypatch
+):
+    said = met(monkeypatch, settings(), 4, poison)
+    rate = 0.002 * (1 - 2 / 4) ** 0.9  # poly, after two steps of warm-up
+    assert f"not finite in epoch 2, step 2 (learning rate {rate:.3g}, torch." in said
+    folder = Path(settings().output_dir) / "run"
+    assert_same(settings, train.main(settings(resume=str(folder))))
+
+
+def test_weights_that_are_not_finite_are_never_saved(settings, monkeypatch):
+    said = met(monkeypatch, settings(), 5, poison_after)
+    assert "are not finite after step 6" in said
+    folder = Path(settings().output_dir) / "run"
+    assert_same(settings, train.main(settings(resume=str(folder))))
