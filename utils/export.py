@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint import write_atomic
-from utils.inference import fold_batch_norm, look_at, normalize
+from utils.inference import fold_batch_norm, normalize
 
 SIZES = ((1, 64, 64), (3, 96, 128), (2, 33, 47), (1, 160, 90))  # (batch, height, width) that are tried
 OLDEST_TORCH = (2, 14)  # 2.10 kept exported networks to sizes that pool evenly
@@ -104,8 +104,7 @@ def export(
         None where nothing installed can run the file.
     """
     network = Exportable(model, mean, std).eval()
-    twin = copy.deepcopy(model)
-    folded = Exportable(fold_batch_norm(twin, look_at(twin, len(mean))), mean, std).eval()
+    folded = Exportable(fold_batch_norm(copy.deepcopy(model), len(mean)), mean, std).eval()
     if path.suffix == ".onnx":
         for stage in folded.modules():
             for name, child in list(stage.named_children()):

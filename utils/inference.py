@@ -4,9 +4,7 @@ Both doors go through `Network`, so that scoring saved predictions gives the dig
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from utils.convolution import quicken
 from utils.device import cpu_has_amx
+from utils.winograd import use_winograd
 
 TTA_SCALES = (0.75, 1.0, 1.25)
-CACHED = 2**24  # bytes of a network's largest map that a CPU's cache may hold beside others
+AT_A_TIME = (
+    2**16
+)  # pixels of a batch that a CPU takes through the network at once, whose maps its cache holds
 
 
 def normalize(
@@ -35,11 +35,7 @@ def normalize(
 
 
 class Network:
-    """A model made ready to predict: a copy in eval mode, in one precision, with fewer and cheaper layers.
-
-    Batch norm is folded into the convolutions. On a CPU these are replaced by those of `convolution`, but not
-    by Winograd's where whole tiles of bfloat16 are multiplied at once, so that sums cost more than products;
-    and of a batch only so many images go through together as the cache has room for.
+    """A model made ready to predict: a copy in eval mode and one precision, batch norm folded, fewer products.
 
     Args:
         model: any model of `models/`; it is left as it is.
@@ -47,7 +43,7 @@ class Network:
         mean: of each channel, in 0..1, as in training.
         std: of each channel, in 0..1, as in training.
         device: where to compute.
-        precision: of weights and activations; logits are float32 whatever it is.
+        precision: of weights and maps; logits are float32 whatever it is.
         channels_last: memory layout of the convolutions.
         fold: False uses `model` itself, as it is and in float32: quicker to set up for a single picture.
         tta: test-time augmentation: `flip` averages the logits of the picture and its mirror image,
@@ -69,20 +65,17 @@ class Network:
     ) -> None:
         self.mean, self.std, self.device, self.precision = mean, std, device, precision
         self.channels_last, self.tta = channels_last, tta
-        self.model, self.at_a_time = model, math.inf  # pixels of the images that go through together
+        self.model = model
         if not fold:
             return
-        layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model = copy.deepcopy(model)
         if weights is not None:
             self.model.load_state_dict(weights)
-        seen = look_at(self.model.to(device).eval(), len(mean))
-        fold_batch_norm(self.model, seen)
+        fold_batch_norm(self.model.to(device).eval(), len(mean))
+        layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(precision, memory_format=layout)
-        if device.type == "cpu":
-            self.at_a_time = CACHED / (seen.widest * precision.itemsize)
-            if channels_last and torch.backends.mkldnn.is_available():
-                quicken(self.model, seen.convs, winograd=precision == torch.float32 or not cpu_has_amx())
+        if device.type == "cpu" and (precision == torch.float32 or not cpu_has_amx()):
+            use_winograd(self.model)  # AMX multiplies bfloat16 so fast that its sums cost more
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
@@ -103,9 +96,10 @@ class Network:
         return torch.stack(views).mean(0)
 
     def _forward(self, images: Tensor) -> Tensor:
-        number, _, height, width = images.shape
-        few = int(max(1, min(number, self.at_a_time // (height * width))))
-        return torch.cat([self.model(part.to(self.precision)).float() for part in images.split(few)])
+        few = len(images)
+        if self.device.type == "cpu":
+            few = max(1, AT_A_TIME // images[0, 0].numel())
+        return torch.cat([self.model(some.to(self.precision)).float() for some in images.split(few)])
 
 
 def picture_logits(
@@ -186,37 +180,22 @@ def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator
         yield top, 0, F.interpolate(strip[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
-@dataclass
-class Seen:
-    """What one run of a network shows.
+def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
+    """Merge each batch norm into the convolution in front of it, in place: the same function, fewer passes.
 
-    Attributes:
-        norms: each batch norm that takes a convolution's output as it is, by that convolution.
-        convs: convolutions of one map.
-        widest: numbers in the largest of their outputs, for each pixel of the image.
+    Which belongs to which is seen by running the model once: a norm whose input is a convolution's output.
     """
-
-    norms: dict[nn.Conv2d, nn.BatchNorm2d] = field(default_factory=dict)
-    convs: list[nn.Conv2d] = field(default_factory=list)
-    widest: float = 0.0
-
-
-def look_at(model: nn.Module, in_channels: int) -> Seen:
-    """Run a network once, on a small image, to see which layer's output goes where."""
-    seen, side = Seen(), 64
-    made_by: dict[int, nn.Conv2d] = {}
+    made_by: dict[int, nn.Module] = {}
     alive: list[Tensor] = []  # an id may be given anew once its tensor is gone
+    pairs: list[tuple[nn.Module, nn.Module]] = []
 
-    def watch_conv(conv: nn.Conv2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        made_by[id(output)] = conv
+    def watch_conv(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        made_by[id(output)] = module
         alive.append(output)
-        seen.widest = max(seen.widest, output.numel() / side**2)
-        if len(inputs) == 1:
-            seen.convs.append(conv)
 
-    def watch_norm(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
+    def watch_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if id(inputs[0]) in made_by:
-            seen.norms[made_by[id(inputs[0])]] = norm
+            pairs.append((made_by[id(inputs[0])], module))
 
     handles = []
     for module in model.modules():
@@ -225,19 +204,14 @@ def look_at(model: nn.Module, in_channels: int) -> Seen:
         elif isinstance(module, nn.BatchNorm2d):
             handles.append(module.register_forward_pre_hook(watch_norm))
     with torch.no_grad():
-        model(torch.zeros(1, in_channels, side, side, device=next(model.parameters()).device))
+        model(torch.zeros(1, in_channels, 64, 64, device=next(model.parameters()).device))
     for handle in handles:
         handle.remove()
-    return seen
-
-
-def fold_batch_norm(model: nn.Module, seen: Seen) -> nn.Module:
-    """Merge each batch norm into the convolution in front of it, in place: the same function, fewer passes."""
-    for conv, norm in seen.norms.items():
+    for conv, norm in pairs:
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-    folded = set(seen.norms.values())
+    folded = {norm for _, norm in pairs}
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if child in folded:
