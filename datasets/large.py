@@ -13,7 +13,6 @@ from PIL import Image
 
 from .reading import (
     MAX_PIXELS,
-    DataError,
     _count_pages,
     _damage,
     _mask_values,

@@ -4,6 +4,7 @@ Both doors go through `Network`, so that scoring saved predictions gives the dig
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -17,9 +18,7 @@ from utils.device import cpu_has_amx
 from utils.winograd import use_winograd
 
 TTA_SCALES = (0.75, 1.0, 1.25)
-AT_A_TIME = (
-    2**16
-)  # pixels of a batch that a CPU takes through the network at once, whose maps its cache holds
+CACHED = 2**24  # bytes of a map that a CPU's cache may hold beside others
 
 
 def normalize(
@@ -35,7 +34,9 @@ def normalize(
 
 
 class Network:
-    """A model made ready to predict: a copy in eval mode and one precision, batch norm folded, fewer products.
+    """A model made ready to predict: a copy in eval mode, in one precision, that takes fewer operations.
+
+    Batch norm is folded into the convolutions; on a CPU those of many channels go by `winograd`.
 
     Args:
         model: any model of `models/`; it is left as it is.
@@ -65,6 +66,8 @@ class Network:
     ) -> None:
         self.mean, self.std, self.device, self.precision = mean, std, device, precision
         self.channels_last, self.tta = channels_last, tta
+        first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        self.widest = max(1, first.out_channels // math.prod(first.stride))  # numbers a pixel of a large map
         self.model = model
         if not fold:
             return
@@ -98,7 +101,7 @@ class Network:
     def _forward(self, images: Tensor) -> Tensor:
         few = len(images)
         if self.device.type == "cpu":
-            few = max(1, AT_A_TIME // images[0, 0].numel())
+            few = max(1, CACHED // (images[0, 0].numel() * self.widest * self.precision.itemsize))
         return torch.cat([self.model(some.to(self.precision)).float() for some in images.split(few)])
 
 

@@ -1,9 +1,9 @@
 """3x3 convolutions by half the products, for networks that predict on a CPU.
 
-Paper: Fast Algorithms for Convolutional Neural Networks (Lavin and Gray, 2016), https://arxiv.org/abs/1509.09308,
-its F(4, 3) along columns alone: four rows of the result take six products with a row of three taps in place of
-twelve. Along both axes there would be fewer still, but the sums would cost what they save. The result differs by
-rounding: by 2e-6 of its size in float32, and by 1e-2 in bfloat16, which itself differs by 3e-3.
+Paper: Fast Algorithms for Convolutional Neural Networks (Lavin and Gray, 2016), F(4, 3) along columns alone,
+https://arxiv.org/abs/1509.09308: four rows of the result take six products with a row of three taps in place
+of twelve. Along both axes there would be fewer still, but the sums would cost what they save. The result
+differs by rounding: by 2e-6 of its size in float32, and by 1e-2 in bfloat16, which itself differs by 3e-3.
 """
 
 import torch
