@@ -79,6 +79,9 @@ class Network:
         self.model.to(precision, memory_format=layout)
         if device.type == "cpu" and (precision == torch.float32 or not cpu_has_amx()):
             use_winograd(self.model)  # AMX multiplies bfloat16 so fast that its sums cost more
+        for conv in self.model.modules():
+            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
+                conv.dilation = (2, 2)  # the same map, but on one thread torch takes oneDNN, twice as fast
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
