@@ -60,13 +60,14 @@ PARSED: Parsed | None = None
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     PARSED = end_with(lambda: parse(Args, sys.argv[1:], __doc__))
 
-import csv
-import io
+import math
 import os
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,10 @@ from datasets.transforms import Box, fit, resize_mask
 from metrics import ConfusionMatrix, predicted_ids
 from models import load_model
 from utils import visualize
-from utils.checkpoint import write_atomic, write_image, write_text
+from utils.checkpoint import write_atomic, write_image
 from utils.device import describe_device, keep_freed_memory, pick_device, pick_precision
 from utils.inference import Network, picture_logits, restored_strips, sliding_blocks
-from utils.run import class_table, format_score, format_table, newest_weights, try_output
+from utils.run import class_table, format_score, format_table, newest_weights, try_output, write_log
 
 SUMMARY = "summary.csv"
 SCORES = ("mean_iou", "mean_dice", "pixel_accuracy")  # of a picture, where the truth is given
@@ -121,44 +122,21 @@ class Work:
     args: Args
     info: Any  # what the checkpoint knows
     network: Network
+    window: tuple[int, int] | None  # that slides over each picture
     encoding: Encoding  # of the training masks
     files: list[Path]
     names: list[str]  # of what is written, without ending
     truths: list[Path]  # one a picture, or none at all
 
-    @property
-    def window(self) -> tuple[int, int] | None:
-        """The size of the sliding window, or none."""
-        return window_of(self.info, self.args.window)
-
-    @property
-    def classes(self) -> int:
-        """How many there are."""
-        return len(self.info.class_names)
-
-    def is_large(self, index: int) -> bool:
-        """Whether a picture is to be taken in strips; what is no picture is told when it is read."""
-        try:
-            height, width = picture_size(self.files[index])
-        except (ValueError, OSError):
-            return False
-        return height * width * max(4, self.classes) > LARGE
-
 
 @dataclass
-class Found:
-    """A picture and what was made of it; the arrays go once it is saved."""
+class Done:
+    """What came of a picture."""
 
     index: int
     problem: str = ""  # why it, or something of it, is not written
-    image: np.ndarray | None = None  # uint8 (h, w, C), as the network sees it
-    box: Box | None = None
-    picture: np.ndarray | None = None  # uint8 (H, W, C), to draw on; of a large one, reduced
-    ids: np.ndarray | None = None  # (H, W)
-    probabilities: np.ndarray | None = None  # float16 (num_classes, H, W)
-    shares: list[float] | None = None  # of each class
+    shares: list[float] | None = None  # of each class; None where nothing is written
     matrix: ConfusionMatrix | None = None  # against the truth
-    saved: Future | None = None
 
 
 def main(args: Args) -> int:
@@ -173,22 +151,12 @@ def main(args: Args) -> int:
             return write_network(weights, Path(args.export))
         work = prepare(args, weights)
     started = time.perf_counter()
-    rows, total, failed = predict_all(work)
-    seconds, output = time.perf_counter() - started, Path(args.output)
-    write_rows(output / SUMMARY, rows)
-    print_shares(rows, work.info.class_names)
-    if args.truth:
-        print_scores(output, rows, total, work.info.class_names)
-    print(
-        f"wrote {len(rows)} masks to {output / 'masks'}"
-        + (f", overlays to {output / 'overlays'}" if args.overlay else "")
-        + f"; {len(rows) / seconds:.1f} pictures/s"
-    )
-    if failed:
-        lines = "\n".join(f"  {message}" for message in failed)
-        raise Fail(
-            f"{len(failed)} of {len(work.files)} pictures had problems, the others are written:\n{lines}", 1
-        )
+    done = predict_all(work)
+    report(work, [one for one in done if one.shares], time.perf_counter() - started)
+    problems = [one.problem for one in done if one.problem]
+    if problems:
+        count = f"{len(problems)} of {len(done)} pictures had problems, the others are written"
+        raise Fail("\n  ".join([f"{count}:", *problems]), 1)
     return 0
 
 
@@ -210,294 +178,187 @@ def prepare(args: Args, weights: Path) -> Work:
     truths = pair_truth(files, args.truth, info.mask_suffix, encoding) if args.truth else []
     output = Path(args.output)
     try_output(output)
-    refuse_foreign_output(output)
+    if (output / SUMMARY).exists():
+        print(f"{output} holds earlier predictions: those of the same pictures are replaced")
+    elif (output / "masks").exists():
+        raise FileExistsError(f"{output / 'masks'} exists and is not from a prediction. Give another output")
     network = Network(model, mean=info.mean, std=info.std, device=device, precision=precision, tta=args.tta)
     print(
         f"{weights}: {info.architecture['name']}, {len(info.class_names)} classes, epoch {info.epoch}; "
         f"{len(files)} pictures; {describe_device(device)}, {str(precision).removeprefix('torch.')}"
     )
-    return Work(args, info, network, encoding, files, output_names(files, Path(args.input)), truths)
+    names = output_names(files, Path(args.input))
+    return Work(args, info, network, window_of(info, args.window), encoding, files, names, truths)
 
 
-def predict_all(work: Work) -> tuple[list[dict[str, Any]], ConfusionMatrix, list[str]]:
-    """Predict and write every picture.
+def predict_all(work: Work) -> list[Done]:
+    """Predict and write every picture; each thread takes its own from file to file.
 
-    Returns:
-        Rows of summary.csv and scores.csv, the counts of all pictures, and what went wrong.
+    On a CPU each has its share of the cores, so that none waits for another at every layer. Large pictures
+    come last, one by one, on all cores.
 
     Raises:
         Fail: the output cannot be written.
     """
-    large = {index for index in range(len(work.files)) if work.is_large(index)}
+    large = [index for index in range(len(work.files)) if is_large(work, index)]
+    small = sorted(set(range(len(work.files))) - set(large))
     if not large:  # else memory matters more than time
         keep_freed_memory()
-    total, rows, failed = ConfusionMatrix(work.classes, work.info.ignore_index), [], []
-    bar = tqdm(total=len(work.files), unit="img", leave=False, disable=not sys.stderr.isatty())
-    with bar, ThreadPoolExecutor(work.args.num_workers) as writers:
-        for found in in_order(work, large, writers):
-            bar.update()
-            if found.saved:
-                wait_for(found.saved)
-                rows.append({"picture": str(work.files[found.index]), **row_of(found, work.info.class_names)})
-                if found.matrix:
-                    total.merge(found.matrix)
-            if found.problem:  # said at once, and again at the end
-                failed.append(found.problem)
-                print(f"problem: {found.problem}", file=sys.stderr)
-    return rows, total, failed
-
-
-def in_order(work: Work, large: set[int], writers: Executor) -> Iterator[Found]:
-    """All pictures as they were found, while the next ones are read and computed by threads.
-
-    On a CPU each thread has its share of the cores and takes its own pictures through the network, so that
-    no core waits for another at every layer. Large pictures are taken alone, on all cores.
-    """
     threads = torch.get_num_threads()
     workers = min(work.args.num_workers, len(work.files))
     if work.network.device.type == "cpu":
         workers = min(workers, threads)
     share = max(1, threads // workers)
-    pending: deque[Future] = deque()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
+
+    def one_by_one() -> Iterator[Done]:
+        parts = batches(small, work.args.batch_size, 2 * workers)
+        yield from chain.from_iterable(pool.map(partial(predict_batch, work), parts))
+        torch.set_num_threads(threads)
+        yield from (predict_large(work, index) for index in large)
+
+    done = []
+    with pool, tqdm(total=len(work.files), unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for one in one_by_one():
+            done.append(one)
+            bar.update()
+            if one.problem:  # said at once, and again at the end
+                print(f"problem: {one.problem}", file=sys.stderr)
+    return sorted(done, key=lambda one: one.index)
+
+
+def is_large(work: Work, index: int) -> bool:
+    """Whether a picture is to be taken in strips; what is no picture is told when it is read."""
     try:
-        with ThreadPoolExecutor(workers, "network", torch.set_num_threads, (share,)) as pool:
-            for batch in batches(len(work.files), large, work.args.batch_size, 2 * workers):
-                if batch[0] in large:
-                    while pending:
-                        yield from pending.popleft().result()
-                    yield predict_large(work, writers, batch[0])
-                    continue
-                pending.append(pool.submit(predict_batch, work, writers, batch))
-                if len(pending) > workers:
-                    yield from pending.popleft().result()
-            while pending:
-                yield from pending.popleft().result()
-    finally:
-        torch.set_num_threads(threads)  # which the threads have changed for those that are still to come
+        height, width = picture_size(work.files[index])
+    except (ValueError, OSError):
+        return False
+    return height * width * max(4, len(work.info.class_names)) > LARGE
 
 
-def batches(count: int, alone: set[int], size: int, parts: int) -> Iterator[list[int]]:
-    """Numbers below `count`, `size` at a time, towards the end fewer, so that all threads end together."""
-    batch: list[int] = []
-    for index in range(count):
-        if batch and index in alone:
-            yield batch
-            batch = []
-        batch.append(index)
-        if index in alone or len(batch) >= min(size, (count - batch[0]) // parts):
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def batches(indices: list[int], size: int, parts: int) -> Iterator[list[int]]:
+    """`size` at a time, towards the end fewer, so that all threads end together."""
+    while indices:
+        take = max(1, min(size, len(indices) // parts))
+        yield indices[:take]
+        indices = indices[take:]
 
 
-def write_network(weights: Path, path: Path) -> int:
-    """Export the network of a checkpoint, and say how the file's logits differ from its own.
-
-    Raises:
-        ValueError: as `check_target` and `load_model`.
-        OSError: likewise, or the file cannot be written.
-    """
-    from utils.export import SIZES, check_target, export  # slow to import
-
-    check_target(path)
-    model = load_model(weights)
-    info = model.info
-    about = {
-        name: getattr(info, name) for name in ("class_names", "image_size", "resize", "palette", "epoch")
-    }
-    difference = export(model, path, mean=info.mean, std=info.std, about=about)
-    sizes = ", ".join(f"{count} x {height} x {width}" for count, height, width in SIZES)
-    print(
-        f"wrote {path}: images uint8 (N, {info.architecture['in_channels']}, H, W), as read from a picture, "
-        f"to logits (N, {info.architecture['num_classes']}, H, W)\n"
-        + (
-            f"its logits differ from the network's by {difference:.1e} of the largest, over {sizes}"
-            if difference is not None
-            else "not run: install onnxruntime to have it compared with the network"
-        )
-    )
-    return 0
+def predict_batch(work: Work, batch: Sequence[int]) -> list[Done]:
+    """Take some pictures all the way: read them, compute their classes, and write them."""
+    done, read = [], []
+    for index in batch:
+        try:
+            read.append((index, *read_picture(work, work.files[index])))
+        except (ValueError, OSError) as error:
+            done.append(Done(index, str(error)))
+    if read:
+        indices, images, boxes, pictures = zip(*read, strict=True)
+        logits = picture_logits(work.network, list(map(chw, images)), boxes, work.window, work.args.overlap)
+        for index, picture, whole in zip(indices, pictures, logits, strict=True):
+            probabilities = whole[0].softmax(0).half().cpu().numpy() if work.args.probabilities else None
+            ids = ids_of(work, [(0, 0, whole[0])], whole.shape[2:])
+            done.append(finish(work, index, ids, picture, probabilities))
+    return done
 
 
-def window_of(info: Any, window: tuple[int, int] | None) -> tuple[int, int] | None:
-    """The sliding window: the one asked for, the training windows' size for resize crop, or none."""
-    return window or (tuple(info.image_size) if info.resize == "crop" else None)
+def read_picture(work: Work, path: Path) -> tuple[np.ndarray, Box, np.ndarray | None]:
+    """A picture as the network sees it, its place in that, and as it is drawn on; decoded once where it can."""
+    channels, resize = work.info.architecture["in_channels"], "crop" if work.window else work.info.resize
+    image, box, picture = load_fitted(path, channels, tuple(work.info.image_size), resize)
+    if not work.args.overlay:
+        return image, box, None
+    if picture.shape[:2] != (box.original_height, box.original_width):  # a JPEG that was decoded smaller
+        picture = read_image(path, channels)
+    return image, box, picture
 
 
-def chw(image: np.ndarray) -> Tensor:
-    """uint8 (H, W, C) as a tensor (C, H, W), which shares its memory where that may be written to."""
-    return torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
-
-
-def refuse_foreign_output(output: Path) -> None:
-    """Earlier predictions may be replaced, somebody else's masks not.
-
-    Raises:
-        FileExistsError: `output` has a masks folder that no prediction wrote.
-    """
-    if (output / "masks").exists() and not (output / SUMMARY).exists():
-        raise FileExistsError(f"{output / 'masks'} exists and is not from a prediction. Give another output")
-    if (output / SUMMARY).exists():
-        print(f"{output} holds earlier predictions: those of the same pictures are replaced")
-
-
-def output_names(images: Sequence[Path], source: Path) -> list[str]:
-    """A name without ending for each picture, with the input's sub-folders; never the same for two.
-
-    Pictures that differ in their ending alone keep it: a.jpg and a.png become a_jpg and a_png.
-    """
-    base = source if source.is_dir() else Path(os.path.commonpath([image.parent for image in images]))
-    plain = [image.relative_to(base).with_suffix("").as_posix() for image in images]
-    taken = {name.lower() for name in plain if plain.count(name) == 1}
-    names = []
-    for image, name in zip(images, plain, strict=True):
-        if plain.count(name) > 1:
-            name = f"{name}_{image.suffix[1:]}"
-            while name.lower() in taken:
-                name += "_"
-            taken.add(name.lower())
-        names.append(name)
-    return names
-
-
-def predict_batch(work: Work, writers: Executor, batch: Sequence[int]) -> list[Found]:
-    """Take some pictures all the way: read them, compute their classes, and hand them to be written."""
-    found = [read(work, index) for index in batch]
-    readable = [one for one in found if not one.problem]
-    if readable:
-        images, boxes = [chw(one.image) for one in readable], [one.box for one in readable]
-        logits = picture_logits(work.network, images, boxes, work.window, work.args.overlap)
-        for one, whole in zip(readable, logits, strict=True):
-            if work.args.probabilities:
-                one.probabilities = whole[0].softmax(0).half().cpu().numpy()
-            one.ids = ids_of(work, [(0, 0, whole[0])], whole.shape[2:])
-            count(work, one)
-            one.saved = writers.submit(save, work, one)
-    return found
-
-
-def read(work: Work, index: int) -> Found:
-    """Read one picture, decoding it once if that will do."""
-    path, in_channels = work.files[index], work.info.architecture["in_channels"]
-    try:
-        resize = "crop" if work.window else work.info.resize
-        image, box, picture = load_fitted(path, in_channels, tuple(work.info.image_size), resize)
-        if not work.args.overlay:
-            picture = None
-        elif picture.shape[:2] != (
-            box.original_height,
-            box.original_width,
-        ):  # a JPEG that was decoded smaller
-            picture = read_image(path, in_channels)
-        return Found(index, image=image, box=box, picture=picture)
-    except (ValueError, OSError) as error:
-        return Found(index, problem=str(error))
-
-
-def predict_large(work: Work, writers: Executor, index: int) -> Found:
-    """Likewise for a picture whose logits are never in memory all at once, nor its pixels beside its mask."""
-    found, path = Found(index), work.files[index]
+def predict_large(work: Work, index: int) -> Done:
+    """Likewise for one whose logits are never in memory all at once; its pixels are decoded, not an array."""
+    path, args, network = work.files[index], work.args, work.network
     try:
         with LargePicture(path, work.info.architecture["in_channels"]) as picture:
-            if work.args.overlay:
-                found.picture = picture.reduced(DRAWN)
+            drawn = picture.reduced(DRAWN) if args.overlay else None
             if work.window:
-                found.ids = ids_of(work, windows(work, picture), picture.size)
+                blocks = sliding_blocks(
+                    network.logits,
+                    lambda top, bottom: chw(picture.rows(top, bottom)),
+                    picture.size,
+                    work.window,
+                    args.overlap,
+                    args.batch_size,
+                )
             else:
-                found.image, found.box = picture.fitted(work.info.image_size, work.info.resize)
-        if not work.window:
-            logits = work.network.logits(chw(found.image)[None])
-            found.ids = ids_of(work, restored_strips(logits, found.box), picture.size)
-        count(work, found)
+                image, box = picture.fitted(work.info.image_size, work.info.resize)
+                blocks = restored_strips(network.logits(chw(image)[None]), box)
+            ids = ids_of(work, blocks, picture.size)
     except (ValueError, OSError) as error:
-        return Found(index, problem=str(error))
-    if work.args.probabilities:
-        found.problem = f"{path}: too large for probabilities, which were not written; its mask was"
-    found.saved = writers.submit(save, work, found)
-    return found
-
-
-def windows(work: Work, picture: LargePicture) -> Iterator[tuple[int, int, Tensor]]:
-    """Logits of a large picture, block by block."""
-    return sliding_blocks(
-        work.network.logits,
-        lambda *rows: chw(picture.rows(*rows)),
-        picture.size,
-        work.window,
-        work.args.overlap,
-        work.args.batch_size,
-    )
+        return Done(index, str(error))
+    done = finish(work, index, ids, drawn)
+    if args.probabilities:
+        done.problem = f"{path}: too large for probabilities, which were not written; its mask was"
+    return done
 
 
 def ids_of(work: Work, blocks: Iterable[tuple[int, int, Tensor]], size: Sequence[int]) -> np.ndarray:
     """Class ids (H, W) of logits that come in blocks: (top, left, logits (num_classes, rows, columns))."""
     threshold, ids = work.args.threshold, None
     for top, left, block in blocks:
-        found = predicted_ids(block[None]) if threshold is None else above(block[None], threshold)
+        if threshold is None:
+            found = predicted_ids(block[None])[0]
+        else:
+            found = (block.softmax(0)[1] >= threshold).to(torch.uint8)
         if ids is None:
             ids = torch.empty(*size, dtype=found.dtype)
-        ids[top : top + found.shape[1], left : left + found.shape[2]] = found[0]
+        ids[top : top + found.shape[0], left : left + found.shape[1]] = found
     return ids.numpy()
 
 
-def above(logits: Tensor, threshold: float) -> Tensor:
-    """Class 1 where its probability is at least `threshold`; logits (N, 2, H, W)."""
-    return (logits.softmax(1)[:, 1] >= threshold).to(torch.uint8)
-
-
-def count(work: Work, found: Found) -> None:
-    """Count the pixels of each class and, where the truth is given, compare with it.
+def finish(work: Work, index: int, ids: np.ndarray, picture=None, probabilities=None) -> Done:
+    """Count the pixels of each class, compare them with the truth where it is given, and write all.
 
     Raises:
-        ValueError: the mask is no truth for this picture any more.
+        Fail: the disk is full or cannot be written.
     """
-    ids, step = torch.from_numpy(found.ids), max(1, STRIP // found.ids.shape[1])
-    counts = sum(torch.bincount(part.flatten(), minlength=work.classes) for part in ids.split(step))
-    found.shares = (counts / ids.numel()).tolist()
+    done, classes, step = Done(index), len(work.info.class_names), max(1, STRIP // ids.shape[1])
+    preds = torch.from_numpy(ids)
+    counts = sum(torch.bincount(part.flatten(), minlength=classes) for part in preds.split(step))
+    done.shares = (counts / ids.size).tolist()
     if work.truths:
-        found.matrix = ConfusionMatrix(work.classes, work.info.ignore_index)
-        with LargeMask(work.truths[found.index], work.encoding.as_colours) as truth:
+        done.matrix = ConfusionMatrix(classes, work.info.ignore_index)
+        with LargeMask(work.truths[index], work.encoding.as_colours) as truth:
             for top, raw in truth.strips():
                 target = torch.from_numpy(work.encoding.encode(raw))
-                found.matrix.update(ids[top : top + len(raw)], target)
-        found.matrix.join()
+                done.matrix.update(preds[top : top + len(raw)], target)
+        done.matrix.join()
+    try:
+        save(work, index, ids, picture, probabilities)
+    except OSError as error:
+        raise Fail(f"predictions cannot be written: {error}. What was written before is whole", 1) from error
+    return done
 
 
-def row_of(found: Found, class_names: Sequence[str]) -> dict[str, float]:
-    """The columns of summary.csv, and of scores.csv where there is a truth."""
-    row = dict(zip(class_names, found.shares, strict=True))
-    if found.matrix:
-        scores = found.matrix.scores()
-        row |= {name: getattr(scores, name) for name in SCORES}
-    return row
-
-
-def save(work: Work, found: Found) -> None:
-    """Write one picture's mask, and its overlay and probabilities where asked for; then forget them."""
+def save(work: Work, index: int, ids: np.ndarray, picture=None, probabilities=None) -> None:
+    """Write a mask (H, W), its overlay on a picture (h, w, C), and float16 probabilities (classes, H, W)."""
     info = work.info
 
     def place(folder: str, ending: str) -> Path:
-        path = Path(work.args.output) / folder / f"{work.names[found.index]}{ending}"
+        path = Path(work.args.output) / folder / f"{work.names[index]}{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     if work.args.encoding == "source":
-        mask = source_mask(found.ids, work.encoding)
+        mask = source_mask(ids, work.encoding)
     else:
-        mask = visualize.mask_image(found.ids, info.palette)
+        mask = visualize.mask_image(ids, info.palette)
     write_image(place("masks", ".png"), mask, compress_level=1)
-    if found.picture is not None:
-        ids = resize_mask(found.ids, found.picture.shape[:2])
-        blended = visualize.overlay(found.picture, ids, info.palette)
+    if picture is not None:
+        blended = visualize.overlay(picture, resize_mask(ids, picture.shape[:2]), info.palette)
         drawn = visualize.with_legend(blended, info.class_names, info.palette)
         write_image(place("overlays", ".png"), drawn, compress_level=1)
-    if found.probabilities is not None:
-        write_atomic(
-            place("probabilities", ".npz"),
-            lambda file: np.savez_compressed(file, probabilities=found.probabilities),
-        )
-    found.image = found.picture = found.ids = found.probabilities = None
+    if probabilities is not None:
+        write = partial(np.savez_compressed, probabilities=probabilities)
+        write_atomic(place("probabilities", ".npz"), write)
 
 
 def source_mask(ids: np.ndarray, encoding: Encoding) -> Image.Image:
@@ -513,53 +374,90 @@ def source_mask(ids: np.ndarray, encoding: Encoding) -> Image.Image:
     return mask
 
 
-def wait_for(saved: Future) -> None:
-    """Wait until a picture is written.
+def report(work: Work, done: list[Done], seconds: float) -> None:
+    """Write summary.csv and, where there is a truth, scores.csv; print each class's share and scores."""
+    output, names = Path(work.args.output), work.info.class_names
+    pictures = [str(work.files[one.index]) for one in done]
+    shares = [dict(zip(names, one.shares, strict=True)) for one in done]
+    rows = [{"picture": path, **row} for path, row in zip(pictures, shares, strict=True)]
+    if rows:
+        write_log(output / SUMMARY, rows)
+        table = []
+        for name in names:
+            found = [row[name] for row in shares]
+            share = f"{100 * sum(found) / len(found):.2f} %"
+            table.append([f"  {name}", share, str(sum(value > 0 for value in found))])
+        print(format_table(["  class", "share", "pictures"], table))
+    if rows and work.truths:
+        total, rows = ConfusionMatrix(len(names), work.info.ignore_index), []
+        for path, one in zip(pictures, done, strict=True):
+            total.merge(one.matrix)
+            scores = one.matrix.scores()
+            rows.append({"picture": path, **{name: getattr(scores, name) for name in SCORES}})
+        rows.sort(key=lambda row: (math.isnan(row["mean_iou"]), row["mean_iou"]))  # the worst first
+        write_log(output / "scores.csv", rows)
+        scores = total.scores()
+        print(
+            f"against the truth: mean IoU {format_score(scores.mean_iou)}, mean Dice "
+            f"{format_score(scores.mean_dice)}, pixel accuracy {format_score(scores.pixel_accuracy)}"
+        )
+        print(class_table(names, scores))
+    overlays = f", overlays to {output / 'overlays'}" if work.args.overlay else ""
+    print(f"wrote {len(done)} masks to {output / 'masks'}{overlays}; {len(done) / seconds:.1f} pictures/s")
+
+
+def window_of(info: Any, window: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The sliding window: the one asked for, the training windows' size for resize crop, or none."""
+    return window or (tuple(info.image_size) if info.resize == "crop" else None)
+
+
+def chw(image: np.ndarray) -> Tensor:
+    """uint8 (H, W, C) as a tensor (C, H, W), which shares its memory where that may be written to."""
+    return torch.from_numpy(image if image.flags.writeable else image.copy()).permute(2, 0, 1)
+
+
+def output_names(images: Sequence[Path], source: Path) -> list[str]:
+    """A name without ending for each picture, with the input's sub-folders; never the same for two.
+
+    Pictures that differ in their ending alone keep it: a.jpg and a.png become a_jpg and a_png.
+    """
+    base = source if source.is_dir() else Path(os.path.commonpath([image.parent for image in images]))
+    names = [image.relative_to(base).with_suffix("").as_posix() for image in images]
+    counts = Counter(map(str.lower, names))
+    taken = {name for name, count in counts.items() if count == 1}
+    for at, (image, name) in enumerate(zip(images, names, strict=True)):
+        if counts[name.lower()] > 1:
+            name += f"_{image.suffix[1:]}"
+            while name.lower() in taken:
+                name += "_"
+            taken.add(name.lower())
+            names[at] = name
+    return names
+
+
+def write_network(weights: Path, path: Path) -> int:
+    """Export the network of a checkpoint, and say how the file's logits differ from its own.
 
     Raises:
-        Fail: the disk is full or cannot be written.
+        ValueError: as `check_target` and `load_model`.
+        OSError: likewise, or the file cannot be written.
     """
-    try:
-        saved.result()
-    except OSError as error:
-        raise Fail(f"predictions cannot be written: {error}. What was written before is whole", 1) from error
+    from utils.export import SIZES, check_target, export  # slow to import
 
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A CSV of the rows, four digits a number."""
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
-    )
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: f"{v:.6f}" if isinstance(v, float) else v for name, v in row.items()})
-    write_text(path, text.getvalue())
-
-
-def print_shares(rows: list[dict[str, Any]], class_names: Sequence[str]) -> None:
-    """Each class's share of all pictures, and in how many of them it occurs."""
-    table = []
-    for name in class_names:
-        values = [row[name] for row in rows]
-        table.append(
-            ["  " + name, f"{100 * sum(values) / max(1, len(values)):.2f} %", str(sum(v > 0 for v in values))]
-        )
-    print(format_table(["  class", "share", "pictures"], table))
-
-
-def print_scores(
-    output: Path, rows: list[dict[str, Any]], total: ConfusionMatrix, class_names: Sequence[str]
-) -> None:
-    """Write scores.csv, worst picture first, and print the table of the whole set."""
-    scored = [{"picture": row["picture"], **{name: row[name] for name in SCORES}} for row in rows]
-    write_rows(output / "scores.csv", sorted(scored, key=lambda row: row["mean_iou"]))
-    scores = total.scores()
-    print(
-        f"against the truth: mean IoU {format_score(scores.mean_iou)}, "
-        f"mean Dice {format_score(scores.mean_dice)}, pixel accuracy {format_score(scores.pixel_accuracy)}"
-    )
-    print(class_table(class_names, scores))
+    check_target(path)
+    model = load_model(weights)
+    info = model.info
+    kept = ("class_names", "image_size", "resize", "palette", "epoch")
+    about = {name: getattr(info, name) for name in kept}
+    difference = export(model, path, mean=info.mean, std=info.std, about=about)
+    channels, classes = info.architecture["in_channels"], info.architecture["num_classes"]
+    print(f"wrote {path}: pictures uint8 (N, {channels}, H, W), as read, to logits (N, {classes}, H, W)")
+    if difference is None:
+        print("not run: install onnxruntime to have it compared with the network")
+    else:
+        sizes = ", ".join(" x ".join(map(str, size)) for size in SIZES)
+        print(f"its logits differ from the network's by {difference:.1e} of the largest, over {sizes}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,9 +207,8 @@ def test_a_picture_taken_strip_by_strip_has_the_mask_and_overlay_of_the_usual_wa
     given = args({"amp": "off", "epochs": 3, "learning_rate": 0.01, **training})
     predict.main(given)
     work = predict.prepare(replace(given, output=str(tmp_path / "strips")), Path(given.weights))
-    with ThreadPoolExecutor(1) as writers:
-        for index in range(len(work.files)):
-            predict.predict_large(work, writers, index)
+    for index in range(len(work.files)):
+        predict.predict_large(work, index)
     written = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png")]
     assert len(written) == 6
     for name in written:
@@ -444,8 +442,8 @@ def test_a_written_mask_reads_back_as_the_ids_of_the_network(tmp_path, num_class
     logits = torch.randn(1, num_classes, 24, 40)
     info = SimpleNamespace(palette=[[0, 0, 0]] * num_classes)
     ids = predicted_ids(logits)[0].numpy()
-    work = predict.Work(Args(output=str(tmp_path)), info, None, None, [Path("a.jpg")], ["a"], [])
-    predict.save(work, predict.Found(0, ids=ids))
+    work = predict.Work(Args(output=str(tmp_path)), info, None, None, None, [Path("a.jpg")], ["a"], [])
+    predict.save(work, 0, ids)
     assert np.array_equal(np.array(Image.open(tmp_path / "masks" / "a.png")), logits.argmax(1)[0].numpy())
 
 
