@@ -263,7 +263,7 @@ def predict_batch(work: Work, batch: Sequence[int]) -> list[Done]:
 
 
 def read_picture(work: Work, path: Path) -> tuple[np.ndarray, Box, np.ndarray | None]:
-    """A picture as the network sees it, its place in that, and as it is drawn on; decoded once where it can."""
+    """A picture as the network sees it, its place in that, and as it is drawn on."""
     channels, resize = work.info.architecture["in_channels"], "crop" if work.window else work.info.resize
     image, box, picture = load_fitted(path, channels, tuple(work.info.image_size), resize)
     if not work.args.overlay:
