@@ -155,8 +155,10 @@ def main(args: Args) -> int:
     report(work, [one for one in done if one.shares], time.perf_counter() - started)
     problems = [one.problem for one in done if one.problem]
     if problems:
-        count = f"{len(problems)} of {len(done)} pictures had problems, the others are written"
-        raise Fail("\n  ".join([f"{count}:", *problems]), 1)
+        rest = "" if len(problems) == len(done) else ", the others are written"
+        raise Fail(
+            "\n  ".join([f"{len(problems)} of {len(done)} pictures had problems{rest}:", *problems]), 1
+        )
     return 0
 
 
@@ -177,7 +179,7 @@ def prepare(args: Args, weights: Path) -> Work:
     encoding = Encoding.from_dict(info.encoding)
     truths = pair_truth(files, args.truth, info.mask_suffix, encoding) if args.truth else []
     output = Path(args.output)
-    try_output(output)
+    try_output(output, "output")
     if (output / SUMMARY).exists():
         print(f"{output} holds earlier predictions: those of the same pictures are replaced")
     elif (output / "masks").exists():
@@ -376,24 +378,25 @@ def source_mask(ids: np.ndarray, encoding: Encoding) -> Image.Image:
 
 def report(work: Work, done: list[Done], seconds: float) -> None:
     """Write summary.csv and, where there is a truth, scores.csv; print each class's share and scores."""
+    if not done:
+        return
     output, names = Path(work.args.output), work.info.class_names
-    pictures = [str(work.files[one.index]) for one in done]
-    shares = [dict(zip(names, one.shares, strict=True)) for one in done]
-    rows = [{"picture": path, **row} for path, row in zip(pictures, shares, strict=True)]
-    if rows:
-        write_log(output / SUMMARY, rows)
-        table = []
-        for name in names:
-            found = [row[name] for row in shares]
-            share = f"{100 * sum(found) / len(found):.2f} %"
-            table.append([f"  {name}", share, str(sum(value > 0 for value in found))])
-        print(format_table(["  class", "share", "pictures"], table))
-    if rows and work.truths:
+    rows = [
+        {"picture": str(work.files[one.index]), **dict(zip(names, one.shares, strict=True))} for one in done
+    ]
+    write_log(output / SUMMARY, rows)
+    table = []
+    for name in names:
+        found = [row[name] for row in shares]
+        share = f"{100 * sum(found) / len(found):.2f} %"
+        table.append([f"  {name}", share, str(sum(value > 0 for value in found))])
+    print(format_table(["  class", "share", "pictures"], table))
+    if work.truths:
         total, rows = ConfusionMatrix(len(names), work.info.ignore_index), []
-        for path, one in zip(pictures, done, strict=True):
+        for file, one in zip(files, done, strict=True):
             total.merge(one.matrix)
             scores = one.matrix.scores()
-            rows.append({"picture": path, **{name: getattr(scores, name) for name in SCORES}})
+            rows.append({"picture": file} | {name: getattr(scores, name) for name in SCORES})
         rows.sort(key=lambda row: (math.isnan(row["mean_iou"]), row["mean_iou"]))  # the worst first
         write_log(output / "scores.csv", rows)
         scores = total.scores()

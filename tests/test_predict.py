@@ -177,6 +177,22 @@ def test_an_unreadable_picture_is_named_and_skipped_and_the_others_are_written(a
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
 
 
+def test_where_no_picture_is_readable_nothing_is_written_or_said_to_be(args, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(Fail, match="1 of 1 pictures had problems:\n.*text.png") as caught:
+        predict.main(args(input=str(tmp_path / "text.png")))
+    assert caught.value.code == 1
+    assert "wrote" not in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_whose_truth_is_all_ignored_comes_last_of_the_scores(args, data, tmp_path):
+    Image.fromarray(np.full((40, 64), 255, np.uint8)).save(data / "val" / "masks" / "p1.png")
+    predict.main(args(truth=str(data / "val" / "masks")))
+    scores = rows_of(tmp_path / "out" / "scores.csv")
+    assert [row["mean_iou"] == "" for row in scores] == [False, False, True]
+
+
 def test_probabilities_are_written_and_their_argmax_is_the_mask(args, tmp_path):
     predict.main(args({"amp": "off"}, probabilities=True))
     found = np.load(tmp_path / "out" / "probabilities" / "p0.npz")["probabilities"]
@@ -372,6 +388,7 @@ def test_a_checkpoint_of_format_1_opens(data, tmp_path):
         ({"input": "no/such/folder"}, ["no/such/folder"]),
         ({"truth": "no/truth"}, ["no/truth"]),
         ({"device": "cuda:77"}, ["cuda:77"]),
+        ({"output": "predict.py"}, ["output predict.py", "is a file"]),
     ],
 )
 def test_wrong_input_is_refused_and_nothing_is_written(args, tmp_path, changes, words):

@@ -30,8 +30,12 @@ LOGGED = (  # scores of the whole validation split that log.csv keeps
 END_MARK = "report.png"  # written last: a run that has it is finished
 
 
-def try_output(output_dir: Path) -> None:
+def try_output(output_dir: Path, setting: str = "output_dir") -> None:
     """Find out before the work whether files can be written to a folder that may not exist yet.
+
+    Args:
+        output_dir: the folder.
+        setting: what the user names it by, for messages.
 
     Raises:
         OSError: they cannot; the message says what to do.
@@ -40,13 +44,13 @@ def try_output(output_dir: Path) -> None:
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        raise NotADirectoryError(f"output_dir {output_dir}: {folder} is a file. Give another output_dir")
+        raise NotADirectoryError(f"{setting} {output_dir}: {folder} is a file. Give another {setting}")
     probe = folder / f".writable.{os.getpid()}"
     try:
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise OSError(f"output_dir {output_dir} cannot be written: {error.strerror}. Give another") from error
+        raise OSError(f"{setting} {output_dir} cannot be written: {error.strerror}. Give another") from error
 
 
 def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
