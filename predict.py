@@ -381,9 +381,9 @@ def report(work: Work, done: list[Done], seconds: float) -> None:
     if not done:
         return
     output, names = Path(work.args.output), work.info.class_names
-    rows = [
-        {"picture": str(work.files[one.index]), **dict(zip(names, one.shares, strict=True))} for one in done
-    ]
+    files = [str(work.files[one.index]) for one in done]
+    shares = [dict(zip(names, one.shares, strict=True)) for one in done]
+    rows = [{"picture": file} | row for file, row in zip(files, shares, strict=True)]
     write_log(output / SUMMARY, rows)
     table = []
     for name in names:
