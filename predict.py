@@ -288,7 +288,7 @@ def predict_large(work: Work, index: int) -> Done:
                     picture.size,
                     work.window,
                     args.overlap,
-                    args.batch_size,
+                    1 if network.device.type == "cpu" else args.batch_size,  # no gain there, for its memory
                 )
             else:
                 image, box = picture.fitted(work.info.image_size, work.info.resize)

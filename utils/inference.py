@@ -105,7 +105,8 @@ class Network:
         few = len(images)
         if self.device.type == "cpu":
             few = max(1, CACHED // (images[0, 0].numel() * self.widest * self.precision.itemsize))
-        return torch.cat([self.model(some.to(self.precision)).float() for some in images.split(few)])
+        logits = [self.model(some.to(self.precision)).float() for some in images.split(few)]
+        return torch.cat(logits) if len(logits) > 1 else logits[0]
 
 
 def picture_logits(
