@@ -15,8 +15,8 @@ from torch.utils.data import get_worker_info
 from .cache import SampleCache, open_cache
 from .labels import Encoding
 from .pairing import Pair
-from .reading import DataError, load_image, load_mask
-from .transforms import Augmentation, Box, fit, fit_mask, generator_for, place
+from .reading import DataError, load_mask, read_fitted
+from .transforms import Augmentation, Box, fit_mask, generator_for, place
 from .warp import apply_move
 
 VERSION = 1  # of cached samples; raise it when reading or fitting gives other bytes
@@ -24,17 +24,6 @@ VERSION = 1  # of cached samples; raise it when reading or fitting gives other b
 # threads wait for each other (for Python's lock): one is faster.
 SHORT_WORK = 100_000
 NO_MOVES = Augmentation(hflip=0)
-
-
-def read_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box]:
-    """A picture as the network sees it, uint8 (h, w, C), and where it lies; in training and prediction."""
-
-    def content(size: tuple[int, int]) -> tuple[int, int]:
-        box = place(size, tuple(image_size), resize)
-        return box.height, box.width
-
-    image, size, _ = load_image(path, in_channels, reduce_to=content)
-    return fit(image, image_size, resize, size)
 
 
 @dataclass(eq=False, repr=False)

@@ -1,57 +1,61 @@
-"""Pictures too large to be arrays at once: decoded by Pillow in its own memory, made arrays by strips.
+"""Pictures and masks too large to be arrays at once: decoded in Pillow's own memory, made arrays by strips.
 
-Rows are those of `reading.read_image` to the bit, since converting treats each pixel alone. So are resized
-pictures where Pillow's own can be resized; else, being resized along rows first and then along columns, they
-may differ by the rounding between the two.
+Rows are those of `reading.read_image` and `read_mask` to the bit, since converting treats each pixel alone.
+So are resized pictures of colours or grey; of other modes they are resized along rows first and then along
+columns, and may differ by the rounding between the two.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .folder import read_fitted
-from .reading import MAX_PIXELS, DataError, _npy, _open, _orientation, _to_channels, load_image
+from .reading import (
+    MAX_PIXELS,
+    _count_pages,
+    _damage,
+    _mask_values,
+    _naming,
+    _npy,
+    _open,
+    _orientation,
+    _to_channels,
+    _upright,
+    read_fitted,
+    read_image,
+    read_mask,
+)
 from .transforms import Box, fit, place, resize_image
 
 STEP = 64  # rows that are converted at a time
-TURNS = {  # EXIF orientation: how the picture is turned to stand upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+STRIP = 2**22  # pixels of a strip
+AS_IS = (("RGB", 3), ("L", 1), ("L", 3))  # mode and channels: resizing and converting may change places
 
 
-def count_pixels(path, max_pixels: int = MAX_PIXELS) -> int:
-    """Height times width of a picture, from the file's head alone.
+def picture_size(path) -> tuple[int, int]:
+    """Height and width of a picture, EXIF applied, from the file's head alone.
 
     Raises:
         DataError: unreadable or too large; the message names the file.
     """
+    path = Path(path)
     with _naming(path):
-        if Path(path).suffix.lower() == ".npy":
-            height, width = _npy(Path(path), max_pixels, None).shape[:2]
-            return height * width
-        with _open(Path(path), max_pixels, None) as picture:
-            return picture.height * picture.width
+        if path.suffix.lower() == ".npy":
+            return _npy(path, MAX_PIXELS, None).shape[:2]
+        with _open(path, MAX_PIXELS, None) as picture:
+            return picture.size if _orientation(picture) >= 5 else picture.size[::-1]
 
 
 class LargePicture:
     """A picture whose rows are converted when they are asked for; decoded within `with`.
 
-    Memory while decoded: 4 bytes a pixel for colours, 1 for grey. Files of one page a channel, which are
-    rare, are read whole.
+    Memory while decoded: 4 bytes a pixel for colours, 1 for grey; twice that while EXIF turns it. Files of
+    one page a channel, and .npy, are read whole.
 
     Args:
         path: the file.
         in_channels: number of channels to bring it to, by the rules of `reading`.
-        max_pixels: larger pictures are refused.
 
     Attributes:
         size: height and width, EXIF applied; known within `with`.
@@ -60,29 +64,27 @@ class LargePicture:
         DataError: unreadable, truncated or too large, by any method; the message names the file.
     """
 
-    def __init__(self, path, in_channels: int, max_pixels: int = MAX_PIXELS):
-        self.path, self.in_channels, self.max_pixels = Path(path), in_channels, max_pixels
-        self.size, self._turn = (0, 0), 1
+    def __init__(self, path, in_channels: int):
+        self.path, self.in_channels = Path(path), in_channels
         self._picture = self._array = None
 
     def __enter__(self):
         with _naming(self.path):
-            pages = 1
+            picture = None
             if self.path.suffix.lower() != ".npy":
-                self._picture = _open(self.path, self.max_pixels, None)
-                pages = 1 if self._picture.format == "MPO" else getattr(self._picture, "n_frames", 1)
-            if self._picture is None or pages > 1:
-                self._array = load_image(self.path, self.in_channels, None, self.max_pixels)[0]
+                picture = _open(self.path, MAX_PIXELS, None)
+                self._look_at(picture)
+            if picture is None or _count_pages(picture) > 1:
+                self._array = self._whole()
                 self.size = self._array.shape[:2]
             else:
-                if self._picture.format == "TIFF":
-                    self._picture.load()  # which turns it, and forgets the orientation
-                self._turn = _orientation(self._picture)
-                self.size = self._picture.size if self._turn >= 5 else self._picture.size[::-1]
+                self._is_jpeg = picture.format in ("JPEG", "MPO")
+                self._picture = _upright(picture)
+                self.size = self._picture.size[::-1]
         return self
 
     def __exit__(self, *_):
-        if self._picture is not None:
+        if self._picture:
             self._picture.close()
         self._picture = self._array = None
 
@@ -90,60 +92,67 @@ class LargePicture:
         """Rows from `top` up to `bottom`, uint8 (bottom - top, W, in_channels)."""
         if self._array is not None:
             return self._array[top:bottom]
+        cuts = [(0, at, self.size[1], min(bottom, at + STEP)) for at in range(top, bottom, STEP)]
         with _naming(self.path):
-            found = np.empty((bottom - top, self.size[1], self.in_channels), np.uint8)
-            for first in range(top, bottom, STEP):
-                last = min(bottom, first + STEP)
-                found[first - top : last - top] = _to_channels(self._cut(first, last), self.in_channels)
-            return found
+            return np.concatenate([self._convert(self._picture.crop(cut)) for cut in cuts])
 
-    def _cut(self, top: int, bottom: int) -> Image.Image:
-        height, width = self.size
-        first, last = (height - bottom, height - top) if self._turn in (3, 4, 7, 8) else (top, bottom)
-        if self._turn >= 5:  # rows of the upright picture are columns of the file
-            part = self._picture.crop((first, 0, last, width))
-        else:
-            part = self._picture.crop((0, first, width, last))
-        return part.transpose(TURNS[self._turn]) if self._turn != 1 else part
-
-    @property
-    def _plain(self) -> bool:
-        """Whether resizing and converting may change places."""
-        plain = self._turn == 1 and self._picture is not None and "transparency" not in self._picture.info
-        return plain and (self._picture.mode, self.in_channels) in (("RGB", 3), ("L", 1), ("L", 3))
+    def strips(self, step: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """All rows from top to bottom: (top, rows), `step` or so many that their arrays stay small."""
+        step = step or max(1, STRIP // self.size[1])
+        for top in range(0, self.size[0], step):
+            yield top, self.rows(top, min(self.size[0], top + step))
 
     def fitted(self, image_size, resize: str) -> tuple[np.ndarray, Box]:
-        """As `folder.read_fitted` gives it: uint8 (h, w, C), and where the picture lies in it."""
-        if self._picture is not None and self._picture.format in ("JPEG", "MPO"):  # decoded smaller
+        """As `reading.read_fitted` gives it: uint8 (h, w, C), and where the picture lies in it."""
+        if self._picture and self._is_jpeg:  # decoded smaller
             return read_fitted(self.path, self.in_channels, image_size, resize)
-        box, height = place(self.size, tuple(image_size), resize), self.size[0]
-        if self._plain:
-            small = self._picture.resize((box.width, box.height), Image.Resampling.BILINEAR)
-            return fit(_to_channels(small, self.in_channels), image_size, resize, self.size)
-        narrow = np.empty((height, box.width, self.in_channels), np.uint8)
-        for top in range(0, height, STEP):
-            strip = self.rows(top, min(height, top + STEP))
-            narrow[top : top + STEP] = resize_image(strip, (len(strip), box.width))
-        return fit(resize_image(narrow, (box.height, box.width)), image_size, resize, self.size)
+        box = place(self.size, tuple(image_size), resize)
+        picture = self._picture
+        if picture and (picture.mode, self.in_channels) in AS_IS and "transparency" not in picture.info:
+            resized = picture.resize((box.width, box.height), Image.Resampling.BILINEAR)
+            small = _to_channels(resized, self.in_channels)
+        else:
+            narrow = [resize_image(strip, (len(strip), box.width)) for _, strip in self.strips()]
+            small = resize_image(np.concatenate(narrow), (box.height, box.width))
+        return fit(small, image_size, resize, self.size)
 
     def reduced(self, side: int) -> np.ndarray:
         """The whole picture with neither side above `side`, uint8 (h, w) or (h, w, 3), to be looked at."""
-        factor = max(1, -(-max(self.size) // side))
-        step, bands = factor * STEP, slice(3) if self.in_channels >= 3 else 0
-        strips = (self.rows(top, min(self.size[0], top + step)) for top in range(0, self.size[0], step))
-        reduced = [np.asarray(Image.fromarray(strip[..., bands]).reduce(factor)) for strip in strips]
-        return np.concatenate(reduced)
+        factor = -(-max(self.size) // side)
+        bands = slice(3) if self.in_channels >= 3 else 0
+        strips = (Image.fromarray(strip[..., bands]) for _, strip in self.strips(factor * STEP))
+        return np.concatenate([np.asarray(strip.reduce(factor)) for strip in strips])
+
+    def _look_at(self, picture: Image.Image) -> None:
+        """Note what is asked of a file before it is decoded."""
+
+    def _whole(self) -> np.ndarray:
+        return read_image(self.path, self.in_channels)
+
+    def _convert(self, part: Image.Image) -> np.ndarray:
+        return _to_channels(part, self.in_channels)
 
 
-@contextmanager
-def _naming(path) -> Iterator[None]:
-    """Errors about a file's content name the file."""
-    try:
-        yield
-    except DataError as error:
-        text = str(error)
-        raise DataError(text if text.startswith(str(path)) else f"{path}: {text}") from None
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # decoders raise a dozen types on broken files
-        raise DataError(f"{path}: cannot be read ({error}). Save it again, or remove it.") from error
+class LargeMask(LargePicture):
+    """A mask likewise: `rows` gives raw values as `reading.read_mask` does, of one byte a pixel mostly.
+
+    Args:
+        path: the file.
+        as_colours: read a palette mask as the colours its palette names, not as its indices.
+
+    Attributes:
+        damage: as `reading.load_mask` gives it; known within `with`.
+    """
+
+    def __init__(self, path, as_colours: bool = False):
+        super().__init__(path, 0)
+        self.as_colours, self.damage = as_colours, ""
+
+    def _look_at(self, picture: Image.Image) -> None:
+        self.damage = _damage(picture, self.path, None)
+
+    def _whole(self) -> np.ndarray:
+        return read_mask(self.path, self.as_colours)
+
+    def _convert(self, part: Image.Image) -> np.ndarray:
+        return _mask_values(part, self.as_colours)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .labels import Encoding
-from .reading import SUFFIXES, DataError, is_hidden, list_pictures, load_mask
+from .large import LargeMask, picture_size
+from .reading import SUFFIXES, DataError, is_hidden, list_pictures
 
 SHOWN = 5  # problems of one kind that are listed; the rest are counted
 
@@ -91,29 +92,46 @@ def pair_truth(images: list[Path], truth_folder, mask_suffix: str, encoding: Enc
 
     Raises:
         FileNotFoundError: no such folder.
-        DataError: lists all pictures without a mask or with two, all masks unreadable or not of `encoding`.
+        DataError: lists all pictures without a mask or with two, all masks unreadable, not of `encoding`, or
+            of another size than their picture.
     """
     folder = Path(truth_folder).expanduser()
     problems = Problems(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder. Give truth the folder of masks.")
     masks = _by_stem(list_pictures(folder), problems, "two masks of one picture")
+    _by_stem(images, problems, "two pictures of one mask")
     for stem, image in ((image.stem + mask_suffix, image) for image in images):
         if stem not in masks:
             problems.add("no mask", image, f"no {stem}.* in {folder}", "add it, or leave truth out")
     problems.raise_any()
     chosen = [masks[image.stem + mask_suffix] for image in images]
-    for mask in chosen:
-        try:
-            raw, _, damage = load_mask(mask, encoding.as_colours)
-            encoding.encode(raw)
-            if damage and encoding.is_dense:
-                raise ValueError(f"{damage}, so that class ids may have changed unseen")
-        except ValueError as error:
-            finding = str(error).removeprefix(f"{mask}: ")
-            problems.add("mask", mask, finding, "give masks that are encoded as the training's were")
+    for image, mask in zip(images, chosen, strict=True):
+        finding = _truth_problem(image, mask, encoding)
+        if finding:
+            problems.add("mask", mask, finding, "give the masks of these pictures, encoded as in training")
     problems.raise_any()
     return chosen
+
+
+def _truth_problem(image: Path, path: Path, encoding: Encoding) -> str | None:
+    """What makes a mask no truth for a picture; a picture that cannot be read is not its fault."""
+    try:
+        with LargeMask(path, encoding.as_colours) as mask:
+            for _, raw in mask.strips():
+                encoding.encode(raw)
+            if mask.damage and encoding.is_dense:
+                return f"{mask.damage}, so that class ids may have changed unseen"
+    except ValueError as error:
+        return str(error).removeprefix(f"{path}: ")
+    try:
+        size = picture_size(image)
+    except (DataError, OSError):
+        return None
+    if size == mask.size:
+        return None
+    (height, width), (high, wide) = mask.size, size
+    return f"is {height} x {width}, its picture {high} x {wide}"
 
 
 def _by_stem(files: list[Path], problems: Problems, kind: str) -> dict[str, Path]:

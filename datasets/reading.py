@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from .transforms import Box, fit, place
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".npy")
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # decoders that a file may reach, whatever its name says
 MAX_PIXELS = 2**30  # 32,768 x 32,768; above it a file is more likely an attack or an accident than a picture
@@ -112,6 +114,22 @@ def load_image(
             else:
                 array = np.ascontiguousarray(_to_channels(_upright(picture), in_channels))
             return array, size or array.shape[:2], orientation
+
+
+def read_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box]:
+    """A picture as the network sees it, uint8 (h, w, C), and where it lies; in training and prediction."""
+    return load_fitted(path, in_channels, image_size, resize)[:2]
+
+
+def load_fitted(path, in_channels: int, image_size, resize: str):
+    """As `read_fitted`, and the picture as it was decoded, a JPEG perhaps smaller than it is."""
+
+    def content(size: tuple[int, int]) -> tuple[int, int]:
+        box = place(size, tuple(image_size), resize)
+        return box.height, box.width
+
+    picture, size, _ = load_image(path, in_channels, reduce_to=content)
+    return *fit(picture, image_size, resize, size), picture
 
 
 def read_mask(path, as_colours: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -132,6 +132,12 @@ class ConfusionMatrix:
         self._sums[-1] += wrong.sum()
         self._add(bins.view(-1, cells)[:, :-1].view(-1, c, c))
 
+    def join(self) -> None:
+        """Take all that was counted so far for one picture, which was given in parts."""
+        counts = self.counts.clone()
+        self.reset()
+        self._add(counts[None])
+
     def merge(self, other: "ConfusionMatrix") -> None:
         """Add the counts of another matrix over the same classes."""
         self._sums += other._sums.to(self.device)

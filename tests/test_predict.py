@@ -25,7 +25,7 @@ from models import MODELS, build_model, load_model
 from predict import Args
 from utils.cli import Fail, parse
 from utils.export import PooledByProducts, export
-from utils.inference import Network, normalize
+from utils.inference import normalize
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -177,6 +177,22 @@ def test_an_unreadable_picture_is_named_and_skipped_and_the_others_are_written(a
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
 
 
+def test_where_no_picture_is_readable_nothing_is_written_or_said_to_be(args, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(Fail, match="1 of 1 pictures had problems:\n.*text.png") as caught:
+        predict.main(args(input=str(tmp_path / "text.png")))
+    assert caught.value.code == 1
+    assert "wrote" not in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_whose_truth_is_all_ignored_comes_last_of_the_scores(args, data, tmp_path):
+    Image.fromarray(np.full((40, 64), 255, np.uint8)).save(data / "val" / "masks" / "p1.png")
+    predict.main(args(truth=str(data / "val" / "masks")))
+    scores = rows_of(tmp_path / "out" / "scores.csv")
+    assert [row["mean_iou"] == "" for row in scores] == [False, False, True]
+
+
 def test_probabilities_are_written_and_their_argmax_is_the_mask(args, tmp_path):
     predict.main(args({"amp": "off"}, probabilities=True))
     found = np.load(tmp_path / "out" / "probabilities" / "p0.npz")["probabilities"]
@@ -203,18 +219,16 @@ def test_windows_and_augmented_predictions_cover_every_picture(args, data, tmp_p
 
 
 @pytest.mark.parametrize("training", [{}, {"resize": "letterbox"}, {"resize": "crop"}])
-def test_a_picture_taken_strip_by_strip_has_the_mask_of_the_usual_way(args, data, tmp_path, training):
+def test_a_picture_taken_strip_by_strip_has_the_mask_and_overlay_of_the_usual_way(args, tmp_path, training):
     given = args({"amp": "off", "epochs": 3, "learning_rate": 0.01, **training})
     predict.main(given)
-    model = load_model(given.weights)
-    window = predict.window_of(model.info, None)
-    network = Network(
-        model, mean=model.info.mean, std=model.info.std, device=torch.device("cpu"), precision=torch.float32
-    )
-    for path in (data / "val" / "images").iterdir():
-        with LargePicture(path, 3) as picture:
-            ids = predict.large_ids(network, picture, predicted_ids, model.info, window, 0.25)
-        assert np.array_equal(ids, np.array(Image.open(tmp_path / "out" / "masks" / path.name)))
+    work = predict.prepare(replace(given, output=str(tmp_path / "strips")), Path(given.weights))
+    for index in range(len(work.files)):
+        predict.predict_large(work, index)
+    written = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png")]
+    assert len(written) == 6
+    for name in written:
+        assert (tmp_path / "strips" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def turned_picture(path, mode, turn):
@@ -237,7 +251,7 @@ def test_rows_and_fitted_pictures_equal_those_of_reading_at_once(tmp_path, mode,
     expected, expected_box = fit(read_image(path), (64, 96), "letterbox")
     assert np.array_equal(np.concatenate(rows), read_image(path))
     assert box == expected_box
-    rounding = 0 if turn == 1 and mode in ("RGB", "L") else 1
+    rounding = 0 if mode in ("RGB", "L") else 1
     assert np.abs(fitted.astype(int) - expected).max() <= rounding
 
 
@@ -255,20 +269,18 @@ print("lifted", peak() - before)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read as Linux counts it")
 @pytest.mark.parametrize("window", [0, 512])
 def test_a_large_picture_takes_its_decoded_self_and_its_mask_and_little_more(args, tmp_path, window):
-    """5000 x 5000 pixels: 100 MB decoded, 25 MB of ids; the logits of 12 classes would be 1200 MB."""
+    """3000 x 3000 pixels: 36 MB decoded, 9 MB of ids; the logits of 12 classes would be 432 MB."""
     given = args({"num_classes": 12, "base_channels": 1, "amp": "off"})
-    picture = Image.radial_gradient("L").convert("RGB").resize((5000, 5000))
+    picture = Image.radial_gradient("L").convert("RGB").resize((3000, 3000))
     picture.save(tmp_path / "l.png", compress_level=1)
     command = [sys.executable, "-c", SCRIPT, given.weights, tmp_path / "l.png", tmp_path / "out", window]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split("lifted")[1]) < 500 * 2**20
-    assert Image.open(tmp_path / "out" / "masks" / "l.png").size == (5000, 5000)
-    assert Image.open(tmp_path / "out" / "overlays" / "l.png").width == 2500
+    assert int(done.stdout.split("lifted")[1]) < 250 * 2**20
+    assert Image.open(tmp_path / "out" / "masks" / "l.png").size == (3000, 3000)
 
 
 def test_earlier_predictions_are_replaced_but_never_somebody_elses_masks(args, data, tmp_path, capsys):
@@ -334,12 +346,49 @@ def test_a_file_that_is_no_checkpoint_is_refused_by_name_and_nothing_is_written(
     assert not path.with_name("payload-ran").exists()
 
 
+def test_a_checkpoint_of_format_1_opens(data, tmp_path):
+    """Made here by hand as the first version wrote it: never to be changed with the code."""
+    torch.manual_seed(0)
+    info = {
+        "class_names": ["ground", "square"],
+        "palette": [[0, 0, 0], [200, 30, 30]],
+        "image_size": [32, 32],
+        "resize": "stretch",
+        "ignore_index": 255,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+        "encoding": {
+            "kind": "indices",
+            "num_classes": 2,
+            "ignore_index": 255,
+            "table": [[0, 0], [1, 1], [255, 255]],
+            "snap": False,
+            "palette": [],
+        },
+        "mask_suffix": "",
+        "amp": "off",
+        "epoch": 3,
+    }
+    options = {"base_channels": 4, "bilinear": False}
+    architecture = {"name": "unet", "num_classes": 2, "in_channels": 3, "options": options}
+    model = build_model("unet", 2, base_channels=4)
+    torch.save(
+        {"format": 1, "model": model.state_dict(), "architecture": architecture, "info": info},
+        tmp_path / "old.pt",
+    )
+    folder = data / "val"
+    given = dict(weights=str(tmp_path / "old.pt"), output=str(tmp_path / "out"))
+    predict.main(Args(input=str(folder / "images"), truth=str(folder / "masks"), **given))
+    assert len(rows_of(tmp_path / "out" / "scores.csv")) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"input": "no/such/folder"}, ["no/such/folder"]),
         ({"truth": "no/truth"}, ["no/truth"]),
         ({"device": "cuda:77"}, ["cuda:77"]),
+        ({"output": "predict.py"}, ["output predict.py", "is a file"]),
     ],
 )
 def test_wrong_input_is_refused_and_nothing_is_written(args, tmp_path, changes, words):
@@ -350,11 +399,12 @@ def test_wrong_input_is_refused_and_nothing_is_written(args, tmp_path, changes, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truth_of_another_size_is_refused_by_its_name(args, data):
+def test_a_truth_of_another_size_is_refused_by_its_name_and_nothing_is_written(args, data, tmp_path):
     given = args(truth=str(data / "val" / "masks"))
     Image.new("L", (20, 30)).save(data / "val" / "masks" / "p1.png")
-    with pytest.raises(Fail, match="p1.png is 30 x 20, its picture 40 x 64"):
+    with pytest.raises(Fail, match=r"p1.png \| is 30 x 20, its picture 40 x 64"):
         predict.main(given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_threshold_is_refused_for_more_than_two_classes(args):
@@ -444,7 +494,8 @@ def test_a_written_mask_reads_back_as_the_ids_of_the_network(tmp_path, num_class
     logits = torch.randn(1, num_classes, 24, 40)
     info = SimpleNamespace(palette=[[0, 0, 0]] * num_classes)
     ids = predicted_ids(logits)[0].numpy()
-    predict.save(Args(output=str(tmp_path)), info, None, "a", predict.Found(ids=ids))
+    work = predict.Work(Args(output=str(tmp_path)), info, None, None, None, [Path("a.jpg")], ["a"], [])
+    predict.save(work, 0, ids)
     assert np.array_equal(np.array(Image.open(tmp_path / "masks" / "a.png")), logits.argmax(1)[0].numpy())
 
 

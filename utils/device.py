@@ -14,8 +14,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of handing it back and faulting it in again at every step.
 
     Large tensors are otherwise mapped and unmapped by the kernel at each use. Those of 128 MiB and more still
-    are: kept, they would leave holes of a quarter of a step's memory, to save a tenth of its time. To be called
-    before the first large tensor; does nothing where the C library is another one.
+    are: kept, they would leave holes of a quarter of a step's memory, to save a tenth of its time. To be
+    called before the first large tensor; does nothing where the C library is another one.
     """
     if sys.platform != "linux" or "MALLOC_CONF" in os.environ or "LD_PRELOAD" in os.environ:
         return  # another allocator may be in charge
@@ -65,11 +65,21 @@ def cpu_gains_by_bf16() -> bool:
     rate of float32 where this was measured (Xeon, torch 2.15). With AMX, on AMD's Zen 4 and later, and on Arm
     with bf16 matrix instructions the vendors' rate is twice that of float32 or more.
     """
+    words = _cpu_words()
+    return cpu_has_amx() or "bf16" in words or {"AuthenticAMD", "avx512_bf16"} <= words
+
+
+def cpu_has_amx() -> bool:
+    """Whether this CPU multiplies tiles of bfloat16."""
+    return "amx_bf16" in _cpu_words()
+
+
+def _cpu_words() -> set[str]:
+    """All words of Linux's description of the CPU."""
     try:
-        words = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").split()
+        return set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").split())
     except OSError:
-        return False
-    return "amx_bf16" in words or "bf16" in words or ("AuthenticAMD" in words and "avx512_bf16" in words)
+        return set()
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:

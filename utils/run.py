@@ -37,19 +37,22 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)  # of log.csv
 
 
-def try_output(output_dir: Path) -> None:
-    """Refuse by an OSError, before the work, a folder, there already or not, where nothing can be written."""
+def try_output(output_dir: Path, setting: str = "output_dir") -> None:
+    """Refuse by an OSError, before the work, a folder, there already or not, where nothing can be written.
+
+    `setting` is what the user names it by.
+    """
     folder = output_dir.absolute()
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        raise NotADirectoryError(f"output_dir {output_dir}: {folder} is a file. Give another output_dir")
+        raise NotADirectoryError(f"{setting} {output_dir}: {folder} is a file. Give another {setting}")
     probe = folder / f".writable.{os.getpid()}"
     try:
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise OSError(f"output_dir {output_dir} cannot be written: {error.strerror}. Give another") from error
+        raise OSError(f"{setting} {output_dir} cannot be written: {error.strerror}. Give another") from error
 
 
 def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
