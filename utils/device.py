@@ -13,9 +13,8 @@ import torch
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory instead of handing it back and faulting it in again at every step.
 
-    Large tensors are otherwise mapped and unmapped by the kernel at each use. Those of 128 MiB and more still
-    are: kept, they would leave holes of a quarter of a step's memory, to save a tenth of its time. To be
-    called before the first large tensor; does nothing where the C library is another one.
+    Large tensors are otherwise mapped and unmapped by the kernel at each use. To be called before the first
+    large tensor; does nothing where the C library is another one.
     """
     if sys.platform != "linux" or "MALLOC_CONF" in os.environ or "LD_PRELOAD" in os.environ:
         return  # another allocator may be in charge
@@ -23,9 +22,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # musl
         return
-    trim_threshold, top_pad, mmap_threshold, mmap_max = -1, -2, -3, -4  # names in malloc.h
-    if not mallopt(mmap_threshold, 128 * 2**20):  # an old glibc, to which that is too much
-        mallopt(mmap_max, 0)
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names in malloc.h
+    mallopt(mmap_max, 0)
     mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 64 * 2**20)
 
