@@ -118,7 +118,8 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
         with run.stop, closing(run.loader):
             start(run)
             train(run)
-        run.forward = run.model
+        if processes.world_size > 1:
+            run.forward = run.model  # the wrapper goes before the group
         distributed.leave()
     except (DataError, OSError, RuntimeError, MemoryError) as error:
         told = run_files.explain(error, device, folder, config.memory_savers)

@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL
 import torch
 from torch import Tensor, nn
 
@@ -100,7 +101,7 @@ def _written_at(path: Path) -> int:
 
 def versions() -> dict[str, str]:
     """What this run is made with: Python, the system, and the packages that numbers depend on."""
-    packages = {package: version(package) for package in ("torch", "numpy", "pillow")}
+    packages = {"torch": str(torch.__version__), "numpy": np.__version__, "pillow": PIL.__version__}
     return {"python": platform.python_version(), "system": platform.platform(), **packages}
 
 
