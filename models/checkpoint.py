@@ -35,7 +35,7 @@ def read_file(path: str | Path, what: str, legacy: bool = False) -> dict:
         if not legacy or zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch itself does not notice a flipped byte
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole {what}: {error}. {remedy}") from error
     if damaged:
         raise ValueError(f"{path} is damaged: the checksum of its part {damaged!r} is wrong. {remedy}")

@@ -76,7 +76,9 @@ class Network:
         fold_batch_norm(self.model.to(device).eval(), len(mean))
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.model.to(precision, memory_format=layout)
-        if device.type == "cpu" and (precision == torch.float32 or not cpu_has_amx()):
+        if device.type != "cpu":
+            return
+        if precision == torch.float32 or not cpu_has_amx():
             use_winograd(self.model)  # AMX multiplies bfloat16 so fast that its sums cost more
         for conv in self.model.modules():
             if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
