@@ -449,7 +449,8 @@ def evaluate(run: Run, weights: dict[str, Tensor]) -> Evaluation:
     with progress_bar(total=len(indices), description="validation") as bar:
         for first in range(0, len(longest), config.batch_size):
             batch = indices[first : first + config.batch_size]
-            for index, truth, logits in validation_logits(run, network, batch):
+            for index, (_, _, truth), logits in validation_logits(run, network, batch):
+                truth = truth[None].to(run.device)
                 matrix.reset()
                 matrix.update(predicted_ids(logits), truth)
                 states[index] = matrix.state()
@@ -475,23 +476,21 @@ def ready_network(run: Run, weights: dict[str, Tensor]) -> Network:
 
 
 def validation_logits(run: Run, network: Network, batch: Sequence[int]) -> Iterator[tuple]:
-    """Yield index, truth (1, H, W) and logits (1, num_classes, H, W) of some pictures, in order."""
+    """Yield index, `evaluation_item` and logits (1, num_classes, H, W) of some pictures, in order."""
     items = [run.val_set.evaluation_item(index) for index in batch]
     images, boxes = [image for image, _, _ in items], [box for _, box, _ in items]
     window = run.config.image_size if run.config.resize == "crop" else None
     logits = picture_logits(network, images, boxes, window) if batch else ()
-    for index, (_, _, truth), one in zip(batch, items, logits, strict=True):
-        yield index, truth[None].to(run.device), one
+    yield from zip(batch, items, logits, strict=True)
 
 
 def sample_rows(run: Run, weights: dict[str, Tensor], found: Evaluation, shown: Sequence[int]) -> list[tuple]:
     """Some validation pictures as rows for `visualize.sample_panels`, predicted once more."""
     rows = []
-    for index, truth, logits in validation_logits(run, ready_network(run, weights), shown):
-        image, box, _ = run.val_set.evaluation_item(index)
+    for index, (image, box, truth), logits in validation_logits(run, ready_network(run, weights), shown):
         picture = restore(image[None].float(), box)[0].permute(1, 2, 0).round().byte().numpy()
         caption = f"{run.report.val[index].image.name}  mean IoU {format_score(found.picture_iou[index])}"
-        rows.append((picture, truth[0].cpu().numpy(), predicted_ids(logits)[0].cpu().numpy(), caption))
+        rows.append((picture, truth.numpy(), predicted_ids(logits)[0].cpu().numpy(), caption))
     return rows
 
 

@@ -66,16 +66,14 @@ def parse_labels(text: str) -> LabelMap:
 class Encoding:
     """One table from raw mask values to class ids."""
 
-    kind: (
-        str  # indices (value = class), palette (indices of palette PNGs), binary (0 and 255), values, colours
-    )
+    # indices (value = class), palette (indices of palette PNGs), binary (0 and 255), values, colours
+    kind: str
     num_classes: int
     ignore_index: int  # the id of pixels that count nowhere; any int that is no class id
     table: tuple[tuple[int, int], ...]  # (raw, id), ascending; the first raw of an id is what `decode` writes
     snap: bool = False  # a raw value outside the table becomes the nearest one in it
-    palette: tuple[int, ...] = field(
-        default=(), repr=False
-    )  # of kind palette: 0xRRGGBB by index, for `decode`
+    # of kind palette: 0xRRGGBB by index, for `decode`
+    palette: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def dtype(self) -> np.dtype:

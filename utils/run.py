@@ -106,7 +106,7 @@ def versions() -> dict[str, str]:
 
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write all rows, one an epoch, under the union of their columns; what a row lacks, or NaN, is empty."""
+    """Write rows as a CSV, under the union of their columns; what a row lacks, or NaN, is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     writer.writeheader()
