@@ -179,6 +179,7 @@ def build(
     colors = config.class_colors or visualize.default_palette(config.num_classes)
     run.classes = visualize.Classes(config.names, [list(color) for color in colors], config.ignore_index)
 
+    machine.keep_freed_memory(max(parameter.nbytes for parameter in model.parameters()))
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     if config.freeze_backbone:
         model.backbone.requires_grad_(False)
