@@ -107,7 +107,17 @@ def segment(model: nn.Module, picture: np.ndarray) -> np.ndarray:
 
     Returns:
         uint8 (H, W), int16 above 256 classes.
+
+    Raises:
+        ValueError: `picture` is something else.
     """
+    channels = model.info.architecture["in_channels"]
+    got = f"{getattr(picture, 'dtype', '')} {getattr(picture, 'shape', '')}".strip()
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (channels,):
+        raise ValueError(
+            f"segment takes a uint8 array of (H, W, {channels}); got {type(picture).__name__} {got}. "
+            "datasets.read_image gives one of a file."
+        )
     info, device = model.info, next(model.parameters()).device
     network = Network(model, mean=info.mean, std=info.std, device=device, precision=torch.float32, fold=False)
     image, box = fit(picture, info.image_size, info.resize)

@@ -116,6 +116,24 @@ def test_one_picture_in_other_code_equals_the_written_mask(args, data, tmp_path)
     assert np.array_equal(ids, np.array(Image.open(tmp_path / "out" / "masks" / "p1.png")))
 
 
+@pytest.mark.parametrize(
+    "picture",
+    [
+        np.zeros((40, 50, 3), np.float32),
+        np.zeros((3, 40, 50), np.uint8),
+        np.zeros((40, 50), np.uint8),
+        np.zeros((40, 50, 4), np.uint8),
+        torch.zeros(40, 50, 3, dtype=torch.uint8),
+        "picture.png",
+    ],
+    ids=["floats", "channels first", "grey", "four channels", "tensor", "path"],
+)
+def test_a_picture_that_segment_cannot_take_is_refused_with_what_it_takes(args, picture):
+    model = load_model(args().weights)
+    with pytest.raises(ValueError, match=r"uint8 array of \(H, W, 3\); got .+\. datasets.read_image"):
+        predict.segment(model, picture)
+
+
 def test_masks_come_back_in_the_training_masks_own_encoding(args, data, tmp_path):
     for path in data.rglob("masks/*.png"):
         mask = np.array(Image.open(path))
