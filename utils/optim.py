@@ -5,7 +5,6 @@ rate of step `k - 1`. A run that is broken off and resumed therefore continues w
 and what a schedule will do can be drawn before it does it.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 
@@ -45,11 +44,10 @@ def build_optimizer(
         backbone_lr_scale: factor on the learning rate of the parameters below a module named `backbone`.
 
     Raises:
-        ValueError: unknown name, or a parameter that is not in exactly one group.
+        ValueError: unknown name, or nothing to train, in the backbone or at all.
     """
     _one_of("optimizer", name, OPTIMIZERS)
     groups = parameter_groups(model, lr, weight_decay, backbone_lr_scale)
-    check_groups(model, groups)
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for _, p in group["params"])
     return OPTIMIZERS[name](groups, momentum, fused or None)
 
@@ -71,10 +69,12 @@ def parameter_groups(
         if parameter.requires_grad:
             part = "backbone" if "backbone" in name.split(".") else "head"
             members[part if parameter.ndim > 1 else f"{part}.no_decay"].append((name, parameter))
+    if not any(members.values()):
+        raise ValueError(f"no parameter of {type(model).__name__} is trainable. Unfreeze a part")
     if backbone_lr_scale != 1 and not members["backbone"] + members["backbone.no_decay"]:
         raise ValueError(
-            f"backbone_lr_scale needs trainable parameters under 'backbone'; {type(model).__name__} has "
-            f"none; got {backbone_lr_scale}. Set it to 1, or take a model with a backbone that is not frozen."
+            f"backbone_lr_scale {backbone_lr_scale} needs a backbone that is trained; this "
+            f"{type(model).__name__} has none. Leave it at 1, or do not freeze the backbone"
         )
     return [
         {
@@ -86,23 +86,6 @@ def parameter_groups(
         for name, parameters in members.items()
         if parameters
     ]
-
-
-def check_groups(model: nn.Module, groups: list[dict]) -> None:
-    """Raise ValueError unless `groups` hold each trainable parameter of `model` once and no other."""
-    times = Counter(id(p) for group in groups for _, p in group["params"])
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError(
-            f"optimizer: some parameter must be trainable; {type(model).__name__} has none. Unfreeze a part."
-        )
-    wrong = [f"{name} {times[key]} times" for key, name in trainable.items() if times[key] != 1]
-    strange = len(times.keys() - trainable.keys())
-    if wrong or strange:
-        raise ValueError(
-            f"optimizer: each trainable parameter must be in a group once, and no other; got {wrong}, and "
-            f"{strange} frozen or of another model. Build the groups with parameter_groups."
-        )
 
 
 def _poly(schedule: "Schedule", step: int) -> float:
