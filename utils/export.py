@@ -106,16 +106,12 @@ def export(
     network = Exportable(model, mean, std).eval()
     folded = Exportable(fold_batch_norm(copy.deepcopy(model), len(mean)), mean, std).eval()
     if path.suffix == ".onnx":
-        for stage in folded.modules():
-            for name, child in list(stage.named_children()):
-                if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size != 1:
-                    setattr(stage, name, PooledByProducts(child.output_size))
-    batch, height, width = (
-        torch.export.Dim("batch"),
-        *(torch.export.Dim(n, min=33) for n in ("height", "width")),
-    )
+        for name, pool in list(folded.named_modules()):
+            if isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size != 1:
+                folded.set_submodule(name, PooledByProducts(pool.output_size))
     example = (torch.zeros(2, len(mean), 64, 96, dtype=torch.uint8),)
-    shapes = {"images": {0: batch, 2: height, 3: width}}
+    sides = {2: torch.export.Dim("height", min=33), 3: torch.export.Dim("width", min=33)}
+    shapes = {"images": {0: torch.export.Dim("batch"), **sides}}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about what export itself does
         program = torch.export.export(folded, example, dynamic_shapes=shapes)
@@ -141,9 +137,8 @@ def write_onnx(
     write_atomic(path, lambda file: file.write(content))
     if importlib.util.find_spec("onnxruntime") is None:
         return None
-    session = importlib.import_module("onnxruntime").InferenceSession(
-        content, providers=["CPUExecutionProvider"]
-    )
+    runtime = importlib.import_module("onnxruntime")
+    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
@@ -152,9 +147,8 @@ def largest_difference(network: nn.Module, run: Callable[[Tensor], Tensor], chan
     """Of two functions of pictures, over `SIZES`, as a share of the largest logit."""
     generator, worst = torch.Generator().manual_seed(0), 0.0
     for count, height, width in SIZES:
-        images = torch.randint(
-            0, 256, (count, channels, height, width), dtype=torch.uint8, generator=generator
-        )
+        shape = (count, channels, height, width)
+        images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         wanted = network(images)
         worst = max(worst, float((run(images) - wanted).abs().max() / wanted.abs().max()))
     return worst

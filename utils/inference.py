@@ -6,7 +6,6 @@ Both doors go through `Network`, so that scoring saved predictions gives the dig
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -126,27 +125,11 @@ def picture_logits(
         window: slide a window of this size over each image instead of taking it whole.
         overlap: of neighbouring windows.
     """
-    whole = network.logits(torch.stack(list(images))).split(1) if window is None else None
-    for at, (image, box) in enumerate(zip(images, boxes, strict=True)):
-        if whole is None:
-            blocks = sliding_blocks(network.logits, partial(_rows, image), image.shape[1:], window, overlap)
-            yield restore(_joined(blocks, image.shape[1:]), box)
-        else:
-            yield restore(whole[at], box)
-
-
-def _rows(image: Tensor, top: int, bottom: int) -> Tensor:
-    return image[:, top:bottom]
-
-
-def _joined(blocks: Iterator[tuple[int, int, Tensor]], size: Sequence[int]) -> Tensor:
-    """The blocks of a picture put together, (1, num_classes, H, W)."""
-    joined = None
-    for top, left, block in blocks:
-        if joined is None:
-            joined = block.new_empty(1, len(block), *size)
-        joined[0, :, top : top + block.shape[1], left : left + block.shape[2]] = block
-    return joined
+    if window is None:
+        found = network.logits(torch.stack(list(images))).split(1)
+    else:
+        found = (slide(network.logits, image, window, overlap) for image in images)
+    yield from map(restore, found, boxes)
 
 
 def restore(logits: Tensor, box: Any) -> Tensor:
@@ -162,11 +145,9 @@ def restore(logits: Tensor, box: Any) -> Tensor:
     """
     inner = logits[..., box.top : box.top + box.height, box.left : box.left + box.width]
     size = (box.original_height, box.original_width)
-    return (
-        inner
-        if inner.shape[-2:] == size
-        else F.interpolate(inner, size=size, mode="bilinear", align_corners=False)
-    )
+    if inner.shape[-2:] == size:
+        return inner
+    return F.interpolate(inner, size=size, mode="bilinear", align_corners=False)
 
 
 def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator[tuple[int, int, Tensor]]:
@@ -193,24 +174,19 @@ def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
 
     Which belongs to which is seen by running the model once: a norm whose input is a convolution's output.
     """
-    made_by: dict[int, nn.Module] = {}
-    alive: list[Tensor] = []  # an id may be given anew once its tensor is gone
+    made_by: dict[
+        int, tuple[nn.Module, Tensor]
+    ] = {}  # with the tensor: an id may be given anew once it is gone
     pairs: list[tuple[nn.Module, nn.Module]] = []
 
-    def watch_conv(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        made_by[id(output)] = module
-        alive.append(output)
-
-    def watch_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if id(inputs[0]) in made_by:
-            pairs.append((made_by[id(inputs[0])], module))
-
-    handles = []
-    for module in model.modules():
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(watch_conv))
-        elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(watch_norm))
+            made_by[id(output)] = module, output
+        elif id(inputs[0]) in made_by:
+            pairs.append((made_by[id(inputs[0])][0], module))
+
+    watched = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))]
+    handles = [module.register_forward_hook(watch) for module in watched]
     with torch.no_grad():
         model(torch.zeros(1, in_channels, 64, 64, device=next(model.parameters()).device))
     for handle in handles:
@@ -220,10 +196,9 @@ def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
     folded = {norm for _, norm in pairs}
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if child in folded:
-                setattr(module, name, nn.Identity())
+    for name, module in list(model.named_modules()):
+        if module in folded:
+            model.set_submodule(name, nn.Identity())
     return model.requires_grad_(False)
 
 
@@ -279,6 +254,18 @@ def sliding_blocks(
                         carried = block.new_empty(len(block), most, width)
                     carried[:, : rows - done, left:right] = block[:, done:]
                 yield top, left, block[:, :done]
+
+
+def slide(
+    forward: Callable[[Tensor], Tensor], image: Tensor, window: tuple[int, int], overlap: float
+) -> Tensor:
+    """Logits (1, num_classes, H, W) of an image (C, H, W): the blocks of `sliding_blocks` put together."""
+    size, joined = image.shape[1:], None
+    for top, left, block in sliding_blocks(forward, lambda a, b: image[:, a:b], size, window, overlap):
+        if joined is None:
+            joined = block.new_empty(1, len(block), *size)
+        joined[0, :, top : top + block.shape[1], left : left + block.shape[2]] = block
+    return joined
 
 
 def _starts(length: int, window: int, overlap: float) -> list[int]:
