@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from .checkpoint import read_checkpoint
 from .deeplabv3plus import DeepLabV3Plus
@@ -67,19 +66,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else "Leave it out."
             raise ValueError(f"{name} takes the options {', '.join(known)}; got {key!r}. {hint}")
-    if torch.get_default_device().type == "meta":  # shapes alone are wanted
-        with _NoInitialWeights():
-            return MODELS[name](num_classes, in_channels, **options)
     return MODELS[name](num_classes, in_channels, **options)
-
-
-class _NoInitialWeights(TorchFunctionMode):
-    """Draws no weights at random; on the meta device that imports the compiler, which takes a second."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__name__", None) == "normal_":  # of torch.Tensor, or of torch.nn.init
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -99,9 +86,9 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> nn
     """
     content = read_checkpoint(checkpoint)
     architecture = content["architecture"]
-    shape = (architecture["name"], architecture["num_classes"], architecture["in_channels"])
+    arguments = {key: value for key, value in architecture.items() if key != "options"}
     with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced at once
-        model = build_model(*shape, **architecture["options"])
+        model = build_model(**arguments, **architecture["options"])
     weights = content["model"] if content.get("ema") is None else content["ema"]
     try:
         model.load_state_dict(weights, strict=True, assign=True)

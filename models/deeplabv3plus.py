@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .backbones import RESNETS, ResNet
+from .backbones import ResNet
 from .layers import (
     ConvBNReLU,
     MergingConv2d,
@@ -14,6 +14,7 @@ from .layers import (
     check_choice,
     check_images,
     check_numbers,
+    init_scores,
     init_weights,
     resize,
 )
@@ -117,7 +118,6 @@ class DeepLabV3Plus(nn.Module):
     ) -> None:
         super().__init__()
         check_numbers(num_classes, in_channels, dropout)
-        check_choice("backbone", backbone, RESNETS)
         check_choice("output_stride", output_stride, RATES)
         self.in_channels = in_channels
         merge, conv = (SeparableMerge, SeparableConvBNReLU) if separable else (Merge, ConvBNReLU)
@@ -126,14 +126,12 @@ class DeepLabV3Plus(nn.Module):
         self.aspp = ASPP(deep_channels, RATES[output_stride], separable, dropout)
         self.fine = ConvBNReLU(fine_channels, FINE_CHANNELS, kernel=1)
         self.decoder = nn.Sequential(
-            merge(ASPP_CHANNELS, FINE_CHANNELS, ASPP_CHANNELS),
-            conv(ASPP_CHANNELS, ASPP_CHANNELS),
+            merge(ASPP_CHANNELS, FINE_CHANNELS, ASPP_CHANNELS), conv(ASPP_CHANNELS, ASPP_CHANNELS)
         )
         self.head = nn.Conv2d(ASPP_CHANNELS, num_classes, kernel_size=1)
         for part in (self.aspp, self.fine, self.decoder):
             init_weights(part)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
+        init_scores(self.head)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of `images`."""

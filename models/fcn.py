@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import VGG
-from .backbones.vgg import VGGS
-from .layers import check_choice, check_images, check_numbers, crop, init_weights
+from .layers import check_choice, check_images, check_numbers, crop, init_scores, init_weights
 
 FC_CHANNELS = 4096
-VARIANTS = ("8s", "16s", "32s")
+VARIANTS = {"8s": 8, "16s": 16, "32s": 32}  # stride of the finest scores
 
 
 class BilinearUpsample(nn.ConvTranspose2d):
@@ -76,7 +75,6 @@ class FCN(nn.Module):
     ) -> None:
         super().__init__()
         check_numbers(num_classes, in_channels, dropout)
-        check_choice("backbone", backbone, VGGS)
         check_choice("variant", variant, VARIANTS)
         self.in_channels = in_channels
         self.backbone = VGG(backbone, in_channels, round_up=True)
@@ -86,22 +84,19 @@ class FCN(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout)
         self.score = nn.Conv2d(FC_CHANNELS, num_classes, kernel_size=1)
-        scores, stride = [self.score], 32
         self.score_pool4 = self.score_pool3 = None
         if variant in ("8s", "16s"):
             self.up_to_pool4 = BilinearUpsample(num_classes, 2)
             self.score_pool4 = nn.Conv2d(pool4_channels, num_classes, kernel_size=1)
-            scores, stride = [*scores, self.score_pool4], 16
         if variant == "8s":
             self.up_to_pool3 = BilinearUpsample(num_classes, 2)
             self.score_pool3 = nn.Conv2d(pool3_channels, num_classes, kernel_size=1)
-            scores, stride = [*scores, self.score_pool3], 8
-        self.up_to_image = BilinearUpsample(num_classes, stride)
+        self.up_to_image = BilinearUpsample(num_classes, VARIANTS[variant])
         init_weights(self.fc6)
         init_weights(self.fc7)
-        for score in scores:
-            nn.init.normal_(score.weight, std=0.01)
-            nn.init.zeros_(score.bias)
+        for score in (self.score, self.score_pool4, self.score_pool3):
+            if score is not None:
+                init_scores(score)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of `images`."""

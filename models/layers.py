@@ -51,11 +51,7 @@ class ConvBNReLU(nn.Sequential):
             conv = AtrousConv2d(in_channels, out_channels, dilation)
         else:
             conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
-        super().__init__(
-            conv,
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 class SeparableConvBNReLU(nn.Sequential):
@@ -117,7 +113,11 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 def pad_even(x: Tensor) -> Tensor:
     """Add a row or column of zeros after the last where its number is odd, so that halving drops none."""
     height, width = x.shape[-2:]
-    rows, columns = 2 * ((height + 1) // 2) - height, 2 * ((width + 1) // 2) - width
+    return pad_end(x, 2 * ((height + 1) // 2) - height, 2 * ((width + 1) // 2) - width)
+
+
+def pad_end(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Add rows and columns of zeros after the last."""
     if torch.compiler.is_exporting() or rows or columns:  # an exported graph must not branch on a size
         x = F.pad(x, [0, columns, 0, rows])
     return x
@@ -183,9 +183,17 @@ def init_weights(module: nn.Module, mode: str = "fan_out") -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             fan = "fan_in" if layer.groups > 1 else mode
-            nn.init.kaiming_normal_(layer.weight, mode=fan, nonlinearity="relu")
+            if not layer.weight.is_meta:  # drawing there would import the compiler, which takes a second
+                nn.init.kaiming_normal_(layer.weight, mode=fan, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.BatchNorm2d):
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+
+def init_scores(conv: nn.Conv2d) -> None:
+    """Let the last convolution of a head start with small scores: deviation 0.01, zero bias."""
+    if not conv.weight.is_meta:  # as in `init_weights`
+        nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)

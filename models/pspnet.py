@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .backbones import RESNETS, ResNet
+from .backbones import ResNet
 from .layers import (
     ConvBNReLU,
     PooledBatchNorm2d,
     check_choice,
     check_images,
     check_numbers,
+    init_scores,
     init_weights,
     resize,
 )
@@ -84,7 +85,6 @@ class PSPNet(nn.Module):
     ) -> None:
         super().__init__()
         check_numbers(num_classes, in_channels, dropout)
-        check_choice("backbone", backbone, RESNETS)
         check_choice("output_stride", output_stride, (8, 16))
         self.in_channels = in_channels
         self.backbone = ResNet(backbone, in_channels, output_stride)
@@ -110,5 +110,5 @@ def classifier(in_channels: int, width: int, num_classes: int, dropout: float) -
         ConvBNReLU(in_channels, width), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, kernel_size=1)
     )
     init_weights(head)
-    nn.init.normal_(head[-1].weight, std=0.01)
+    init_scores(head[-1])
     return head
