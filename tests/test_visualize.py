@@ -121,13 +121,6 @@ def test_legend_keeps_the_picture_and_shows_every_color_below(size, count):
     assert set(palette) <= colors_of(drawn.crop((0, size[1], *drawn.size)))
 
 
-def test_legend_leaves_out_classes_without_a_share():
-    palette = default_palette(4)
-    drawn = with_legend(Image.new("RGB", (9, 9), (9, 9, 9)), names(4), palette, [0.5, 0.5, 0, 0])
-    colors = colors_of(drawn)
-    assert palette[1] in colors and palette[2] not in colors
-
-
 @pytest.mark.parametrize("classes", [2, 40])
 def test_panels_show_errors_in_red_and_ignored_pixels_in_grey(classes):
     rng = np.random.default_rng(0)

@@ -47,8 +47,6 @@ FIRST_COLORS = [
 
 CURVES = {  # title of a plot: its lines, by label, and their columns in log.csv
     "Loss": {"train": "train_loss", "validation": "val_loss"},
-    "Mean IoU": {"validation": "mean_iou"},
-    "Mean Dice": {"validation": "mean_dice"},
     "Validation scores": {"mean IoU": "mean_iou", "mean Dice": "mean_dice"},
     "Learning rate": {"used": "learning_rate"},
 }
@@ -118,17 +116,8 @@ def overlay(
     return Image.fromarray(result)
 
 
-def with_legend(
-    picture: Image.Image, class_names: Sequence[str], palette: Palette, shares: Sequence[float] | None = None
-) -> Image.Image:
-    """Put a strip with a swatch and a name a class under a picture.
-
-    `shares`, fractions of the pixels, are printed as percentages; classes with none are then left out.
-    """
-    if shares is not None:
-        listed = [i for i, share in enumerate(shares) if share > 0]
-        class_names = [f"{class_names[i]} {100 * shares[i]:.1f} %" for i in listed]
-        palette = [palette[i] for i in listed]
+def with_legend(picture: Image.Image, class_names: Sequence[str], palette: Palette) -> Image.Image:
+    """Put a strip with a swatch and a name a class under a picture."""
     size = min(64, max(13, round(max(picture.size) / 55)))
     legend = _legend(Classes(class_names, palette), max(picture.width, 15 * size), size)
     return _join([picture.convert("RGB"), legend], gap=0)
@@ -182,10 +171,8 @@ def augmented_panel(images: np.ndarray, masks: np.ndarray, classes: Classes) -> 
 
 
 def draw_curves(rows: Rows, plan: Plan = ()) -> Image.Image:
-    """Draw loss, mean IoU, mean Dice and learning rate over the epochs; the plan as a faint line."""
-    titles = ["Loss", "Mean IoU", "Mean Dice", "Learning rate"]
-    margins = {"left": 0.055, "right": 0.985, "top": 0.95, "bottom": 0.075, "hspace": 0.34, "wspace": 0.16}
-    return _render(1100, 760, lambda figure: _draw_lines(figure.subplots(2, 2), titles, rows, plan), margins)
+    """Draw loss, scores and learning rate over the epochs, the plan as a faint line."""
+    return _render(WIDTH, 380, lambda figure: _draw_lines(figure, rows, plan))
 
 
 def draw_report(
@@ -208,7 +195,7 @@ def draw_report(
 
     def draw(figure):
         above, below = figure.subfigures(2, 1, height_ratios=(300, height))
-        _draw_lines(above.subplots(1, 3), ["Loss", "Validation scores", "Learning rate"], rows, plan)
+        _draw_lines(above, rows, plan)
         bars, matrix = below.subplots(1, 2, width_ratios=(1, 1.15))
         _draw_bars(bars, classes, scores.iou, scores.dice)
         _draw_matrix(matrix, classes.names, counts)
@@ -217,8 +204,8 @@ def draw_report(
     halves = []
     for words, half in (("Best", samples[:2]), ("Worst", samples[2:])):
         if half:
-            heading = _join([_line(f"{words} validation pictures", 584, 16, bold=True)], margin=(GAP, GAP))
-            halves.append(_join([heading, sample_panels(half, classes, 140, legend=False)], gap=0))
+            heading = _line(f"{words} validation pictures", 584 + 2 * GAP, 16, bold=True)
+            halves.append(_join([heading, sample_panels(half, classes, 140, legend=False)]))
     if halves:
         parts.append(_join(halves, across=True, gap=32, margin=(24, 0)))
         parts.append(_legend(classes, WIDTH, 15, [truth for _, truth, *_ in samples], 32))
@@ -228,11 +215,8 @@ def draw_report(
 # --- drawing with matplotlib; imported late, since it takes half a second ---
 
 
-def _render(width: int, height: int, draw: Callable, margins: dict[str, float] | None = None) -> Image.Image:
-    """Let `draw(figure)` fill a white page of so many pixels; no pyplot, hence no global state.
-
-    Margins are measured unless given, which takes half as long again.
-    """
+def _render(width: int, height: int, draw: Callable) -> Image.Image:
+    """Let `draw(figure)` fill a white page of so many pixels; no pyplot, hence no global state."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -249,28 +233,25 @@ def _render(width: int, height: int, draw: Callable, margins: dict[str, float] |
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script the font lacks
         figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor="white")
-        if margins:
-            figure.subplots_adjust(**margins)
-        else:
-            figure.set_layout_engine("constrained", w_pad=0.18, h_pad=0.14)
+        figure.set_layout_engine("constrained", w_pad=0.18, h_pad=0.14)
         canvas = FigureCanvasAgg(figure)
         draw(figure)
         canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def _draw_lines(grid: np.ndarray, titles: Sequence[str], rows: Rows, plan: Plan) -> None:
-    """Draw plots of CURVES over the epochs."""
+def _draw_lines(figure: Any, rows: Rows, plan: Plan) -> None:
+    """Draw the plots of CURVES over the epochs, side by side."""
     from matplotlib.ticker import MaxNLocator
 
-    for axes, title in zip(grid.flat, titles, strict=True):
+    for axes, (title, lines) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
         epochs, scored = [1.0, *(row["epoch"] for row in rows)], False
         if title == "Learning rate":
             axes.yaxis.set_major_formatter("{x:g}")  # 2e-05, not by a factor that covers the title
             if plan:
                 axes.plot(*zip(*plan, strict=True), color="#c9ced4", linewidth=3, label="planned")
                 epochs.append(max(epoch for epoch, _ in plan))
-        for label, column in CURVES[title].items():
+        for label, column in lines.items():
             color = VAL_COLOR if label in ("validation", "mean Dice") else TRAIN_COLOR
             points = [(row["epoch"], row.get(column, math.nan)) for row in rows]
             points = [point for point in points if math.isfinite(point[1])]
