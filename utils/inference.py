@@ -24,9 +24,9 @@ def normalize(
     images: Tensor, mean: Sequence[float], std: Sequence[float], channels_last: bool = True
 ) -> Tensor:
     """Turn uint8 images (N, C, H, W) into float32, (x / 255 - mean) / std, on their own device."""
-    shape = (1, -1, 1, 1)
-    offset = torch.tensor(mean, device=images.device).mul_(255).view(shape)
-    scale = torch.tensor(std, device=images.device).mul_(255).reciprocal_().view(shape)
+    shape = (1, -1, 1, 1)  # constants made on a GPU have the host wait for it at every step
+    offset = torch.tensor(mean).mul_(255).view(shape).to(images.device, non_blocking=True)
+    scale = torch.tensor(std).mul_(255).reciprocal_().view(shape).to(images.device, non_blocking=True)
     floats = images.float().sub_(offset).mul_(scale)  # by planes: a number a channel is slow in channels_last
     return floats.contiguous(memory_format=torch.channels_last) if channels_last else floats
 
