@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -63,14 +63,10 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
     check_choice("model", name, MODELS)
     known = list(inspect.signature(MODELS[name]).parameters)[2:]  # after num_classes and in_channels
     for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Leave it out."
-            raise ValueError(f"{name} takes the options {', '.join(known)}; got {key!r}. {hint}")
-    if torch.get_default_device().type == "meta":  # shapes alone are wanted
-        with _NoInitialWeights():
-            return MODELS[name](num_classes, in_channels, **options)
-    return MODELS[name](num_classes, in_channels, **options)
+        check_choice(f"an option of {name}", key, known)
+    shapes_alone = torch.get_default_device().type == "meta"
+    with _NoInitialWeights() if shapes_alone else nullcontext():
+        return MODELS[name](num_classes, in_channels, **options)
 
 
 class _NoInitialWeights(TorchFunctionMode):
@@ -99,9 +95,9 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> nn
     """
     content = read_checkpoint(checkpoint)
     architecture = content["architecture"]
-    shape = (architecture["name"], architecture["num_classes"], architecture["in_channels"])
+    sizes = {key: value for key, value in architecture.items() if key != "options"}
     with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced at once
-        model = build_model(*shape, **architecture["options"])
+        model = build_model(**sizes, **architecture["options"])
     weights = content["model"] if content.get("ema") is None else content["ema"]
     try:
         model.load_state_dict(weights, strict=True, assign=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .backbones import VGG
-from .backbones.vgg import VGGS
+from .backbones import VGG, VGGS
 from .layers import check_choice, check_images, check_numbers, crop, init_weights
 
 FC_CHANNELS = 4096
-VARIANTS = ("8s", "16s", "32s")
+VARIANTS = {"8s": 8, "16s": 16, "32s": 32}  # the stride of the finest scores
 
 
 class BilinearUpsample(nn.ConvTranspose2d):
@@ -79,6 +78,7 @@ class FCN(nn.Module):
         check_choice("backbone", backbone, VGGS)
         check_choice("variant", variant, VARIANTS)
         self.in_channels = in_channels
+        self.variant = variant
         self.backbone = VGG(backbone, in_channels, round_up=True)
         _, _, pool3_channels, pool4_channels, pool5_channels = self.backbone.out_channels
         self.fc6 = nn.Conv2d(pool5_channels, FC_CHANNELS, kernel_size=7, padding=3)
@@ -86,22 +86,19 @@ class FCN(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout)
         self.score = nn.Conv2d(FC_CHANNELS, num_classes, kernel_size=1)
-        scores, stride = [self.score], 32
-        self.score_pool4 = self.score_pool3 = None
-        if variant in ("8s", "16s"):
+        if variant != "32s":
             self.up_to_pool4 = BilinearUpsample(num_classes, 2)
             self.score_pool4 = nn.Conv2d(pool4_channels, num_classes, kernel_size=1)
-            scores, stride = [*scores, self.score_pool4], 16
         if variant == "8s":
             self.up_to_pool3 = BilinearUpsample(num_classes, 2)
             self.score_pool3 = nn.Conv2d(pool3_channels, num_classes, kernel_size=1)
-            scores, stride = [*scores, self.score_pool3], 8
-        self.up_to_image = BilinearUpsample(num_classes, stride)
+        self.up_to_image = BilinearUpsample(num_classes, VARIANTS[variant])
         init_weights(self.fc6)
         init_weights(self.fc7)
-        for score in scores:
-            nn.init.normal_(score.weight, std=0.01)
-            nn.init.zeros_(score.bias)
+        for name, layer in self.named_children():
+            if name.startswith("score"):
+                nn.init.normal_(layer.weight, std=0.01)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of `images`."""
@@ -110,8 +107,8 @@ class FCN(nn.Module):
         x = self.dropout(self.relu(self.fc6(x)))
         x = self.dropout(self.relu(self.fc7(x)))
         x = self.score(x)  # (N, num_classes, H/32, W/32), sizes rounded up
-        if self.score_pool4 is not None:
+        if self.variant != "32s":
             x = crop(self.up_to_pool4(x), pool4.shape) + self.score_pool4(pool4)  # 1/16
-        if self.score_pool3 is not None:
+        if self.variant == "8s":
             x = crop(self.up_to_pool3(x), pool3.shape) + self.score_pool3(pool3)  # 1/8
         return crop(self.up_to_image(x), images.shape)

@@ -26,6 +26,18 @@ class PooledBatchNorm2d(nn.BatchNorm2d):
         return super().forward(x)
 
 
+class PooledConvBNReLU(nn.Sequential):
+    """Average over bins x bins parts of the map, 1x1 convolution, batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, bins: int) -> None:
+        super().__init__(
+            nn.AdaptiveAvgPool2d(bins),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            PooledBatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
 class AtrousConv2d(nn.Conv2d):
     """A 3x3 convolution with its taps `dilation` positions apart, padded to keep height and width.
 
@@ -51,11 +63,7 @@ class ConvBNReLU(nn.Sequential):
             conv = AtrousConv2d(in_channels, out_channels, dilation)
         else:
             conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False)
-        super().__init__(
-            conv,
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        super().__init__(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 class SeparableConvBNReLU(nn.Sequential):
@@ -117,7 +125,11 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 def pad_even(x: Tensor) -> Tensor:
     """Add a row or column of zeros after the last where its number is odd, so that halving drops none."""
     height, width = x.shape[-2:]
-    rows, columns = 2 * ((height + 1) // 2) - height, 2 * ((width + 1) // 2) - width
+    return pad_end(x, 2 * ((height + 1) // 2) - height, 2 * ((width + 1) // 2) - width)
+
+
+def pad_end(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Add zeros after the last row and column."""
     if torch.compiler.is_exporting() or rows or columns:  # an exported graph must not branch on a size
         x = F.pad(x, [0, columns, 0, rows])
     return x

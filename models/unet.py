@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import ConvBNReLU, check_images, check_numbers, init_weights
+from .layers import ConvBNReLU, check_images, check_numbers, init_weights, pad_end
 
 
 class DoubleConv(nn.Sequential):
@@ -32,9 +31,7 @@ class Up(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """Merge `x` (N, C, h, w) with `skip` (N, K, 2h or 2h+1, 2w or 2w+1)."""
         x = self.up(x)
-        rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]  # 1 where an odd size lost one
-        if torch.compiler.is_exporting() or rows or columns:  # an exported graph must not branch on a size
-            x = F.pad(x, [0, columns, 0, rows])
+        x = pad_end(x, skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3])  # where an odd size lost one
         return self.conv(torch.cat([skip, x], dim=1))
 
 
