@@ -49,11 +49,12 @@ class Joint(SegmentationLoss):
                 f"focal_gamma applies to joint_ce 'focal'; got {focal_gamma} with joint_ce {joint_ce!r}. "
                 "Leave focal_gamma out."
             )
-        gamma = 2.0 if focal_gamma is None else focal_gamma
+        if focal_gamma is None:
+            focal_gamma = 2.0 if joint_ce == "focal" else 0.0
         super().__init__(
             ignore_index=ignore_index,
             class_weights=class_weights,
-            gamma=gamma if joint_ce == "focal" else 0.0,
+            gamma=focal_gamma,
             pixel_share=1.0 - dice_weight,
             dice_share=dice_weight,
             smooth=dice_smooth,

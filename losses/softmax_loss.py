@@ -25,14 +25,22 @@ from torch.autograd.function import once_differentiable
 _PIECE = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits at a time: the processor's cache, few launches on a GPU
 
 
-def _pieces(x: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yield pairs of slices (pictures, pixels) that cut (N, C, P) into pieces; on the CPU of one picture."""
+def _pieces(
+    x: Tensor, y: Tensor, spec: "SegmentationLoss", dtype: torch.dtype
+) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor]]:
+    """Cut logits (N, C, P) and masks (N, P) into pieces, on the CPU of one picture, the first the largest.
+
+    Yields:
+        Where the piece lies (pictures, pixels); its logits; which pixels count, as 0 or 1; its labels.
+    """
     n, c, p = x.shape
     size = max(1, _PIECE.get(x.device.type, 1 << 24) // c)  # pixels
     pictures, pixels = (1, size) if x.device.type == "cpu" else (max(1, size // p), p)
     for first in range(0, n, pictures):
         for left in range(0, p, pixels):
-            yield slice(first, first + pictures), slice(left, left + pixels)
+            at = slice(first, first + pictures), slice(left, left + pixels)
+            valid, labels = spec.split(y[at])
+            yield at, x[at[0], :, at[1]], valid.to(dtype), labels
 
 
 def _view(buffer: Tensor, piece: Tensor) -> Tensor:
@@ -91,11 +99,8 @@ class _SoftmaxLoss(torch.autograd.Function):
             overlap, mass, pixels = torch.zeros((3, c), dtype=dtype, device=x.device)
             pixel = torch.zeros((), dtype=dtype, device=x.device)
             scratch = None
-            for at in _pieces(x):
-                piece = x[at[0], :, at[1]]
-                valid, labels = spec.split(y[at])
-                valid = valid.to(dtype)
-                if scratch is None:  # the first piece is the largest
+            for at, piece, valid, labels in _pieces(x, y, spec, dtype):
+                if scratch is None:
                     scratch = torch.empty(piece.numel(), dtype=dtype, device=x.device)
                 logp = _log_softmax(piece, scratch)
                 log_py[at] = logp.gather(1, labels[:, None])[:, 0]
@@ -132,10 +137,8 @@ class _SoftmaxLoss(torch.autograd.Function):
             grad = torch.empty_like(logits)
             x, y, dx = logits.flatten(2), masks.flatten(1), grad.flatten(2)
             scratch = None
-            for at in _pieces(x):
-                piece, out = x[at[0], :, at[1]], dx[at[0], :, at[1]]
-                valid, labels = spec.split(y[at])
-                valid = valid.to(dtype)
+            for at, piece, valid, labels in _pieces(x, y, spec, dtype):
+                out = dx[at[0], :, at[1]]
                 if scratch is None:
                     scratch = torch.empty((2, piece.numel()), dtype=dtype, device=x.device)
                 p = out if out.dtype == dtype else _view(scratch[0], piece)
@@ -187,8 +190,7 @@ class SegmentationLoss(nn.Module):
         weights = None
         if class_weights is not None:
             weights = torch.as_tensor(class_weights, dtype=torch.float32)
-            finite = weights.ndim == 1 and bool(torch.isfinite(weights).all())
-            if not finite or weights.min() < 0 or weights.max() == 0:
+            if weights.ndim != 1 or not weights.isfinite().all() or weights.min() < 0 or weights.max() == 0:
                 raise ValueError(
                     "class_weights must hold one finite number a class, none below 0 and not all 0; "
                     f"got {class_weights}. Correct the list, or leave it out."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,10 +61,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
     check_choice("model", name, MODELS)
     known = list(inspect.signature(MODELS[name]).parameters)[2:]  # after num_classes and in_channels
     for key in options:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else "Leave it out."
-            raise ValueError(f"{name} takes the options {', '.join(known)}; got {key!r}. {hint}")
+        check_choice(f"an option of {name}", key, known)
     return MODELS[name](num_classes, in_channels, **options)
 
 

@@ -71,8 +71,7 @@ def read_checkpoint(path: str | Path) -> dict:
     checkpoint = read_file(path, "checkpoint")
     remedy = "Give a best.pt or last.pt of a run."
     if "format" not in checkpoint:
-        found = ", ".join(map(repr, list(checkpoint)[:4])) or "an empty dict"
-        raise ValueError(f"{path} must be a checkpoint with a 'format' number; it holds {found}. {remedy}")
+        raise ValueError(f"{path} must have a 'format' number; it holds {list(checkpoint)[:4]}. {remedy}")
     if checkpoint["format"] != FORMAT:
         raise ValueError(
             f"{path} has checkpoint format {checkpoint['format']!r}, but this code reads format {FORMAT}. "
@@ -82,10 +81,9 @@ def read_checkpoint(path: str | Path) -> dict:
     if checkpoint.get("ema") is not None:
         check_weights(checkpoint["ema"], f"{path}, entry 'ema',")
     architecture = checkpoint.get("architecture")
-    parts = {"name", "num_classes", "in_channels", "options"}
-    if not isinstance(architecture, dict) or set(architecture) != parts:
-        wanted = ", ".join(sorted(parts))
-        raise ValueError(f"{path}, entry 'architecture', must name {wanted}; got {architecture!r}. {remedy}")
+    parts = ["name", "num_classes", "in_channels", "options"]
+    if not isinstance(architecture, dict) or set(architecture) != set(parts):
+        raise ValueError(f"{path}, entry 'architecture', must name {parts}; got {architecture!r}. {remedy}")
     if not isinstance(checkpoint.get("info"), dict) or not isinstance(architecture["options"], dict):
         raise ValueError(f"{path} must hold dicts under 'info' and 'options'; it does not. {remedy}")
     return checkpoint

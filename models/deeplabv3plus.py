@@ -9,7 +9,7 @@ from .backbones import ResNet
 from .layers import (
     ConvBNReLU,
     MergingConv2d,
-    PooledBatchNorm2d,
+    PooledConvBNReLU,
     SeparableConvBNReLU,
     check_choice,
     check_images,
@@ -32,12 +32,7 @@ class ASPP(nn.Module):
         conv = SeparableConvBNReLU if separable else ConvBNReLU
         self.point = ConvBNReLU(in_channels, ASPP_CHANNELS, kernel=1)
         self.atrous = nn.ModuleList(conv(in_channels, ASPP_CHANNELS, dilation=rate) for rate in rates)
-        self.pool = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Conv2d(in_channels, ASPP_CHANNELS, 1, bias=False),
-            PooledBatchNorm2d(ASPP_CHANNELS),
-            nn.ReLU(inplace=True),
-        )
+        self.pool = PooledConvBNReLU(in_channels, ASPP_CHANNELS, bins=1)
         self.project = ConvBNReLU((2 + len(rates)) * ASPP_CHANNELS, ASPP_CHANNELS, kernel=1)
         self.dropout = nn.Dropout(dropout)
 

@@ -77,6 +77,7 @@ class FCN(nn.Module):
         check_numbers(num_classes, in_channels, dropout)
         check_choice("variant", variant, VARIANTS)
         self.in_channels = in_channels
+        self.variant = variant
         self.backbone = VGG(backbone, in_channels, round_up=True)
         _, _, pool3_channels, pool4_channels, pool5_channels = self.backbone.out_channels
         self.fc6 = nn.Conv2d(pool5_channels, FC_CHANNELS, kernel_size=7, padding=3)
@@ -84,8 +85,7 @@ class FCN(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout)
         self.score = nn.Conv2d(FC_CHANNELS, num_classes, kernel_size=1)
-        self.score_pool4 = self.score_pool3 = None
-        if variant in ("8s", "16s"):
+        if variant != "32s":
             self.up_to_pool4 = BilinearUpsample(num_classes, 2)
             self.score_pool4 = nn.Conv2d(pool4_channels, num_classes, kernel_size=1)
         if variant == "8s":
@@ -94,9 +94,9 @@ class FCN(nn.Module):
         self.up_to_image = BilinearUpsample(num_classes, VARIANTS[variant])
         init_weights(self.fc6)
         init_weights(self.fc7)
-        for score in (self.score, self.score_pool4, self.score_pool3):
-            if score is not None:
-                init_scores(score)
+        for name, layer in self.named_children():
+            if name.startswith("score"):
+                init_scores(layer)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of `images`."""
@@ -105,8 +105,8 @@ class FCN(nn.Module):
         x = self.dropout(self.relu(self.fc6(x)))
         x = self.dropout(self.relu(self.fc7(x)))
         x = self.score(x)  # (N, num_classes, H/32, W/32), sizes rounded up
-        if self.score_pool4 is not None:
+        if self.variant != "32s":
             x = crop(self.up_to_pool4(x), pool4.shape) + self.score_pool4(pool4)  # 1/16
-        if self.score_pool3 is not None:
+        if self.variant == "8s":
             x = crop(self.up_to_pool3(x), pool3.shape) + self.score_pool3(pool3)  # 1/8
         return crop(self.up_to_image(x), images.shape)

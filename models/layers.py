@@ -26,6 +26,18 @@ class PooledBatchNorm2d(nn.BatchNorm2d):
         return super().forward(x)
 
 
+class PooledConvBNReLU(nn.Sequential):
+    """Average over bins x bins parts of the map, 1x1 convolution, batch norm, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, bins: int) -> None:
+        super().__init__(
+            nn.AdaptiveAvgPool2d(bins),
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            PooledBatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
 class AtrousConv2d(nn.Conv2d):
     """A 3x3 convolution with its taps `dilation` positions apart, padded to keep height and width.
 

@@ -61,10 +61,9 @@ def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
             f"{name} has no backbone for public weights; got {source!r}. Set pretrained to none."
         )
     needed = model.backbone.name
-    if str(source) == "imagenet":
-        given = check_weights(fetch_imagenet(needed), "torchvision's file")
-    else:
-        given = check_weights(read_file(source, "file of weights", legacy=True), str(source))
+    public = str(source) == "imagenet"
+    given = fetch_imagenet(needed) if public else read_file(source, "file of weights", legacy=True)
+    check_weights(given, str(source))
 
     names = place(given, model)
     state, fitting, adapted = model.state_dict(), {}, []
@@ -83,7 +82,9 @@ def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
 
     parts = {name.split(".")[0] for name in model.backbone.state_dict()}
     left_over = tuple(key for key in given if key not in names.values())
-    missing = tuple(name for name in fillable(model) if name not in fitting)
+    fillable = ("backbone.", *getattr(model, "pretrained_names", {}).values())
+    unfilled = [name for name in state if name.startswith(fillable) and name not in fitting]
+    missing = tuple(name for name in unfilled if "num_batches" not in name)
     foreign = [key for key in left_over if key.split(".")[0] in parts]
     foreign += [name for name in missing if name.startswith("backbone.") and state[name].dim() == 4]
     if foreign:
@@ -95,28 +96,20 @@ def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
     return PretrainedReport(tuple(fitting), tuple(adapted), left_over, missing)
 
 
-def fillable(model: nn.Module) -> list[str]:
-    """Return the names in the network for which classification networks have weights."""
-    prefixes = ("backbone.", *getattr(model, "pretrained_names", {}).values())
-    return [name for name in model.state_dict() if name.startswith(prefixes) and "num_batches" not in name]
-
-
 def place(given: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
     """Return, by its name in the network, the name in `given` of each tensor that has a place there."""
     state = model.state_dict()
     names = {f"backbone.{key}": key for key in given}
-    for old, new in getattr(model, "pretrained_names", {}).items():
-        names.update({key.replace(old, new, 1): key for key in given if key.startswith(old)})
-    convolutions = [name for name in state if name.startswith("backbone.features") and state[name].dim() == 4]
-    has_norm = any("running_mean" in name for name in state if name.startswith("backbone.features"))
-    if has_norm and not any(
-        "running_mean" in key for key in given
-    ):  # a plain VGG: its n-th convolution to ours
-        names = {name: key for name, key in names.items() if not name.startswith("backbone.")}
+    ours = [name for name in state if name.startswith("backbone.features.")]
+    if any("running_mean" in name for name in ours) and not any("running_mean" in key for key in given):
         plain = [key for key, value in given.items() if key.startswith("features.") and value.dim() == 4]
-        for name, key in zip(convolutions, plain, strict=False):
-            names[name] = key
-            names[name.replace("weight", "bias")] = key.replace("weight", "bias")
+        convolutions = [name for name in ours if state[name].dim() == 4]
+        names = dict(zip(convolutions, plain, strict=False))  # the n-th convolution of a plain VGG to ours
+        names |= {
+            name.replace("weight", "bias"): key.replace("weight", "bias") for name, key in names.items()
+        }
+    for old, new in getattr(model, "pretrained_names", {}).items():
+        names |= {key.replace(old, new, 1): key for key in given if key.startswith(old)}
     return {name: key for name, key in names.items() if name in state and key in given}
 
 

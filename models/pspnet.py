@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .backbones import ResNet
 from .layers import (
     ConvBNReLU,
-    PooledBatchNorm2d,
+    PooledConvBNReLU,
     check_choice,
     check_images,
     check_numbers,
@@ -27,13 +27,7 @@ class PyramidPooling(nn.Module):
     def __init__(self, in_channels: int) -> None:
         super().__init__()
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.AdaptiveAvgPool2d(bins),
-                nn.Conv2d(in_channels, in_channels // len(BINS), 1, bias=False),
-                PooledBatchNorm2d(in_channels // len(BINS)),
-                nn.ReLU(inplace=True),
-            )
-            for bins in BINS
+            PooledConvBNReLU(in_channels, in_channels // len(BINS), bins) for bins in BINS
         )
 
     def forward(self, x: Tensor) -> Tensor:

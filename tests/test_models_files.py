@@ -88,7 +88,7 @@ class Opener:
     ("content", "message"),
     [
         ([1, 2], "must hold a dict; got list"),
-        ({"state_dict": {}}, "must be a checkpoint with a 'format' number; it holds 'state_dict'"),
+        ({"state_dict": {}}, "must have a 'format' number; it holds .'state_dict'"),
         (checkpoint(format=7), "has checkpoint format 7, but this code reads format 1"),
         (
             checkpoint(model={"head.weight": torch.full((1,), torch.nan)}),
@@ -96,7 +96,7 @@ class Opener:
         ),
         (checkpoint(ema={"head.weight": torch.full((1,), torch.inf)}), "entry 'ema', must be finite"),
         (checkpoint(model=[1]), "entry 'model', must be a dict of tensors by name"),
-        (checkpoint(architecture={"name": "unet"}), "entry 'architecture', must name in_channels"),
+        (checkpoint(architecture={"name": "unet"}), "entry 'architecture', must name .'name', 'num_classes'"),
         (checkpoint(info=None), "must hold dicts under 'info' and 'options'"),
         (
             checkpoint(model={"head.weight": torch.zeros(1)}),
