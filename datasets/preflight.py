@@ -126,7 +126,8 @@ def check_data(
     try:
         encoding, doubts = choose_encoding([*masks.values()], num_classes, ignore_index, labels, class_colors)
     except ValueError as error:
-        problems.add("mask values", root, str(error), "as said")
+        remedy = "correct the setting named, or set labels to that map, each value with its class"
+        problems.add("mask values", root, str(error), remedy)
         problems.raise_any()
     raws = np.array(list({raw for mask in masks.values() for raw in mask.read_as(encoding.as_colours)}))
     ids = dict(zip(raws.tolist(), encoding.lookup(raws).tolist(), strict=True))
