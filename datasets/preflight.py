@@ -203,12 +203,11 @@ def _remember(memory: Path, names: dict[Path, str], found: dict[Path, dict]) -> 
 def _scan(file: Path, in_channels: int, snap_to: list[int]) -> dict:
     """What is worth knowing of a file, in plain values, or what is wrong with it."""
     try:
-        data = file.read_bytes()
-        seen = {"crc": zlib.crc32(data)}
+        seen = {"crc": zlib.crc32(file.read_bytes())}
         if file.parent.name == "masks":
-            size, seen["stats"] = _count_mask(file, data, snap_to)
+            size, seen["stats"] = _count_mask(file, snap_to)
         else:
-            _, size, seen["orientation"] = load_image(file, in_channels, reduce_to=(1, 1), data=data)
+            _, size, seen["orientation"] = load_image(file, in_channels, reduce_to=lambda _: (1, 1))
         return {"size": list(size), **seen}
     except DataError as error:
         return {"error": str(error).removeprefix(f"{file}: ")}
@@ -216,9 +215,9 @@ def _scan(file: Path, in_channels: int, snap_to: list[int]) -> dict:
         return {"error": f"cannot be read ({error.strerror})"}
 
 
-def _count_mask(file: Path, data: bytes, snap_to: list[int]) -> tuple[tuple[int, int], dict]:
+def _count_mask(file: Path, snap_to: list[int]) -> tuple[tuple[int, int], dict]:
     """Height and width of a mask, and its `MaskStats` as a dict."""
-    raw, palette, damage = load_mask(file, data=data)
+    raw, palette, damage = load_mask(file)
     kind = "grey" if palette is None else "palette"
     if raw.ndim == 3 and (raw == raw[..., :1]).all():
         raw = raw[..., 0]
