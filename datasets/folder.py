@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from .cache import SampleCache, open_cache
 from .labels import Encoding
 from .pairing import Pair
-from .reading import DataError, load_mask, read_fitted
+from .reading import DataError, load_fitted, read_mask
 from .transforms import Augmentation, Box, fit_mask, generator_for, place
 from .warp import apply_move
 
@@ -139,8 +139,8 @@ class SegmentationDataset:
         """The same from the files."""
         pair = self.pairs[index]
         native = (pair.height, pair.width)
-        image, box = read_fitted(pair.image, self.in_channels, self.image_size, self.resize)
-        mask = load_mask(pair.mask, self.encoding.as_colours)[0]
+        image, box, _ = load_fitted(pair.image, self.in_channels, self.image_size, self.resize)
+        mask = read_mask(pair.mask, self.encoding.as_colours)
         try:
             if (box.original_height, box.original_width) != native or mask.shape[:2] != native:
                 raise ValueError(f"is {mask.shape}, its picture {box}; {native} wanted.")

@@ -239,8 +239,6 @@ def choose_encoding(
         ValueError: no encoding fits; the message names what was found and a map to start from.
     """
     wanted = parse_labels(labels)
-    if 0 <= ignore_index < num_classes:
-        raise ValueError(f"ignore_index is {ignore_index}, a class id (0..{num_classes - 1}). Take another.")
     colours = wanted.colours or any(mask.kind == "colour" for mask in masks)
     counts: Counter = Counter()
     for mask in masks:
@@ -263,6 +261,8 @@ def _choose(
     masks, counts: Counter, colours: bool, num_classes: int, ignore_index: int, wanted: LabelMap, declared
 ) -> tuple[Encoding, list[str]]:
     """As `choose_encoding`; what is wrong is said without what the masks hold."""
+    if 0 <= ignore_index < num_classes:
+        raise ValueError(f"ignore_index is {ignore_index}, a class id (0..{num_classes - 1}). Take another.")
     table, warnings, palette = dict(wanted.table), [], ()
     if colours and table and not wanted.colours:
         raise ValueError("labels maps values, but there are colours, which want to be mapped too.")

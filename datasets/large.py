@@ -12,7 +12,6 @@ import numpy as np
 from PIL import Image
 
 from .reading import (
-    MAX_PIXELS,
     _count_pages,
     _damage,
     _mask_values,
@@ -22,7 +21,7 @@ from .reading import (
     _orientation,
     _to_channels,
     _upright,
-    read_fitted,
+    load_fitted,
     read_image,
     read_mask,
 )
@@ -42,8 +41,8 @@ def picture_size(path) -> tuple[int, int]:
     path = Path(path)
     with _naming(path):
         if path.suffix.lower() == ".npy":
-            return _npy(path, MAX_PIXELS, None).shape[:2]
-        with _open(path, MAX_PIXELS, None) as picture:
+            return _npy(path).shape[:2]
+        with _open(path) as picture:
             return picture.size if _orientation(picture) >= 5 else picture.size[::-1]
 
 
@@ -72,7 +71,7 @@ class LargePicture:
         with _naming(self.path):
             picture = None
             if self.path.suffix.lower() != ".npy":
-                picture = _open(self.path, MAX_PIXELS, None)
+                picture = _open(self.path)
                 self._look_at(picture)
             if picture is None or _count_pages(picture) > 1:
                 self._array = self._whole()
@@ -105,7 +104,7 @@ class LargePicture:
     def fitted(self, image_size, resize: str) -> tuple[np.ndarray, Box]:
         """As `reading.read_fitted` gives it: uint8 (h, w, C), and where the picture lies in it."""
         if self._picture and self._is_jpeg:  # decoded smaller
-            return read_fitted(self.path, self.in_channels, image_size, resize)
+            return load_fitted(self.path, self.in_channels, image_size, resize)[:2]
         box = place(self.size, tuple(image_size), resize)
         picture = self._picture
         if picture and (picture.mode, self.in_channels) in AS_IS and "transparency" not in picture.info:
@@ -149,7 +148,7 @@ class LargeMask(LargePicture):
         self.as_colours, self.damage = as_colours, ""
 
     def _look_at(self, picture: Image.Image) -> None:
-        self.damage = _damage(picture, self.path, None)
+        self.damage = _damage(picture, self.path)
 
     def _whole(self) -> np.ndarray:
         return read_mask(self.path, self.as_colours)

@@ -126,7 +126,8 @@ def check_data(
     try:
         encoding, doubts = choose_encoding([*masks.values()], num_classes, ignore_index, labels, class_colors)
     except ValueError as error:
-        problems.add("mask values", root, str(error), "as said")
+        remedy = "correct the setting named, or set labels to that map, each value with its class"
+        problems.add("mask values", root, str(error), remedy)
         problems.raise_any()
     raws = np.array(list({raw for mask in masks.values() for raw in mask.read_as(encoding.as_colours)}))
     ids = dict(zip(raws.tolist(), encoding.lookup(raws).tolist(), strict=True))
@@ -202,12 +203,11 @@ def _remember(memory: Path, names: dict[Path, str], found: dict[Path, dict]) -> 
 def _scan(file: Path, in_channels: int, snap_to: list[int]) -> dict:
     """What is worth knowing of a file, in plain values, or what is wrong with it."""
     try:
-        data = file.read_bytes()
-        seen = {"crc": zlib.crc32(data)}
+        seen = {"crc": zlib.crc32(file.read_bytes())}
         if file.parent.name == "masks":
-            size, seen["stats"] = _count_mask(file, data, snap_to)
+            size, seen["stats"] = _count_mask(file, snap_to)
         else:
-            _, size, seen["orientation"] = load_image(file, in_channels, reduce_to=(1, 1), data=data)
+            _, size, seen["orientation"] = load_image(file, in_channels, reduce_to=lambda _: (1, 1))
         return {"size": list(size), **seen}
     except DataError as error:
         return {"error": str(error).removeprefix(f"{file}: ")}
@@ -215,9 +215,9 @@ def _scan(file: Path, in_channels: int, snap_to: list[int]) -> dict:
         return {"error": f"cannot be read ({error.strerror})"}
 
 
-def _count_mask(file: Path, data: bytes, snap_to: list[int]) -> tuple[tuple[int, int], dict]:
+def _count_mask(file: Path, snap_to: list[int]) -> tuple[tuple[int, int], dict]:
     """Height and width of a mask, and its `MaskStats` as a dict."""
-    raw, palette, damage = load_mask(file, data=data)
+    raw, palette, damage = load_mask(file)
     kind = "grey" if palette is None else "palette"
     if raw.ndim == 3 and (raw == raw[..., :1]).all():
         raw = raw[..., 0]

@@ -11,7 +11,6 @@ import glob
 import os
 import re
 from contextlib import contextmanager
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -74,26 +73,27 @@ def find_images(path, recursive: bool = False) -> list[Path]:
     return found
 
 
-def read_image(path, in_channels: int = 3, reduce_to=None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(path, in_channels: int = 3) -> np.ndarray:
     """Read a picture as uint8 (H, W, in_channels), turned as its EXIF tag says.
 
     Args:
         path: the file.
         in_channels: number of channels to bring it to; the module's docstring has the rules.
-        reduce_to: (height, width) that will do, or a function of the full one; a JPEG may then come smaller
-            (1/2, 1/4, 1/8), never below it, which its decoder does in a fraction of the time.
-        max_pixels: larger pictures are refused.
 
     Raises:
         DataError: unreadable, truncated, too large, or not convertible; the message names the file.
     """
-    return load_image(path, in_channels, reduce_to, max_pixels)[0]
+    return load_image(path, in_channels)[0]
 
 
-def load_image(
-    path, in_channels: int, reduce_to=None, max_pixels: int = MAX_PIXELS, data: bytes | None = None
-):
+def load_image(path, in_channels: int, reduce_to=None) -> tuple[np.ndarray, tuple[int, int], int]:
     """As `read_image`, and the full (height, width) after EXIF, which a reduced JPEG no longer shows.
+
+    Args:
+        path: the file.
+        in_channels: number of channels to bring it to.
+        reduce_to: function from the full (height, width) to the one that will do; a JPEG may then come
+            smaller (1/2, 1/4, 1/8), never below it, which its decoder does in a fraction of the time.
 
     Returns:
         (array, (height, width), orientation): orientation is the EXIF number, 1 for none.
@@ -101,14 +101,14 @@ def load_image(
     path = Path(path)
     with _naming(path):
         if path.suffix.lower() == ".npy":
-            array = _npy_image(path, in_channels, max_pixels, data)
+            array = _npy_image(path, in_channels)
             return array, array.shape[:2], 1
-        with _open(path, max_pixels, data) as picture:
+        with _open(path) as picture:
             orientation, size = _orientation(picture), None
-            if reduce_to is not None and picture.format in ("JPEG", "MPO"):
+            if reduce_to and picture.format in ("JPEG", "MPO"):
                 upright = 1 if orientation >= 5 else -1  # from (width, height) of the file, and back
                 size = picture.size[::upright]
-                picture.draft(None, (reduce_to(size) if callable(reduce_to) else reduce_to)[::upright])
+                picture.draft(None, reduce_to(size)[::upright])
             if _count_pages(picture) > 1:
                 array = _pages(picture, in_channels)
             else:
@@ -116,13 +116,12 @@ def load_image(
             return array, size or array.shape[:2], orientation
 
 
-def read_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box]:
-    """A picture as the network sees it, uint8 (h, w, C), and where it lies; in training and prediction."""
-    return load_fitted(path, in_channels, image_size, resize)[:2]
+def load_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box, np.ndarray]:
+    """A picture as the network sees it, in training and in prediction.
 
-
-def load_fitted(path, in_channels: int, image_size, resize: str):
-    """As `read_fitted`, and the picture as it was decoded, a JPEG perhaps smaller than it is."""
+    Returns:
+        (uint8 (h, w, C); where it lies; the picture as it was decoded, a JPEG perhaps smaller than it is)
+    """
 
     def content(size: tuple[int, int]) -> tuple[int, int]:
         box = place(size, tuple(image_size), resize)
@@ -132,21 +131,20 @@ def load_fitted(path, in_channels: int, image_size, resize: str):
     return *fit(picture, image_size, resize, size), picture
 
 
-def read_mask(path, as_colours: bool = False, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_mask(path, as_colours: bool = False) -> np.ndarray:
     """Read a mask as its raw values, (H, W) integers, or (H, W, 3) uint8 where the file holds colours.
 
     Args:
         path: the file.
         as_colours: read a palette mask as the colours its palette names, not as its indices.
-        max_pixels: larger masks are refused.
 
     Raises:
         DataError: unreadable, truncated, too large or not integers; the message names the file.
     """
-    return load_mask(path, as_colours, max_pixels)[0]
+    return load_mask(path, as_colours)[0]
 
 
-def load_mask(path, as_colours: bool = False, max_pixels: int = MAX_PIXELS, data: bytes | None = None):
+def load_mask(path, as_colours: bool = False) -> tuple[np.ndarray, list[int] | None, str]:
     """As `read_mask`, and what else preflight asks of the file.
 
     Returns:
@@ -156,15 +154,15 @@ def load_mask(path, as_colours: bool = False, max_pixels: int = MAX_PIXELS, data
     path = Path(path)
     with _naming(path):
         if path.suffix.lower() == ".npy":
-            return _npy_mask(path, max_pixels, data), None, ""
-        with _open(path, max_pixels, data) as picture:
+            return _npy_mask(path), None, ""
+        with _open(path) as picture:
             pages, palette = _count_pages(picture), None
             if pages > 1:
                 raise DataError(f"holds {pages} pages; a mask is one page. Save the right page alone.")
             if picture.mode == "P":
                 colours = np.array(picture.getpalette("RGB"), np.int64).reshape(-1, 3)
                 palette = (colours @ (65536, 256, 1)).tolist()
-            damage = _damage(picture, path, data)
+            damage = _damage(picture, path)
             return _mask_values(_upright(picture), as_colours), palette, damage
 
 
@@ -181,22 +179,22 @@ def _naming(path: Path):
         raise DataError(f"{path}: cannot be read ({error}). Save it again, or remove it.") from error
 
 
-def _open(path: Path, max_pixels: int, data: bytes | None) -> Image.Image:
+def _open(path: Path) -> Image.Image:
     """Open without decoding: allowed formats alone, our own pixel limit instead of the library's warning."""
     Image.MAX_IMAGE_PIXELS = None  # it warns or names no file; ours below is an error
-    if (len(data) if data is not None else path.stat().st_size) == 0:
+    if path.stat().st_size == 0:
         raise DataError("is empty (0 bytes). Copy it again, or remove it.")
     try:
-        picture = Image.open(BytesIO(data) if data is not None else path, formats=FORMATS)
+        picture = Image.open(path, formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise DataError(f"is not a {', '.join(FORMATS)} picture, whatever its name says.") from None
-    _check_pixels(picture.height, picture.width, max_pixels)
+    _check_pixels(picture.height, picture.width)
     return picture
 
 
-def _check_pixels(height: int, width: int, max_pixels: int) -> None:
-    if height * width > max_pixels:
-        raise DataError(f"has {height} x {width} pixels; the limit is {max_pixels:,}. Cut it into tiles.")
+def _check_pixels(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise DataError(f"has {height} x {width} pixels; the limit is {MAX_PIXELS:,}. Cut it into tiles.")
 
 
 def _count_pages(picture: Image.Image) -> int:
@@ -263,17 +261,16 @@ def _pages(picture: Image.Image, in_channels: int) -> np.ndarray:
     return np.stack(bands, axis=2)
 
 
-def _npy(path: Path, max_pixels: int, data: bytes | None) -> np.ndarray:
-    source, mode = (path, "r") if data is None else (BytesIO(data), None)
-    array = np.load(source, mmap_mode=mode, allow_pickle=False)
+def _npy(path: Path) -> np.ndarray:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.ndim not in (2, 3) or array.size == 0:
         raise DataError(f"has shape {array.shape}; wanted (height, width) or (height, width, channels).")
-    _check_pixels(array.shape[0], array.shape[1], max_pixels)
+    _check_pixels(*array.shape[:2])
     return array
 
 
-def _npy_image(path: Path, in_channels: int, max_pixels: int, data: bytes | None) -> np.ndarray:
-    array = _npy(path, max_pixels, data)
+def _npy_image(path: Path, in_channels: int) -> np.ndarray:
+    array = _npy(path)
     array = array if array.ndim == 3 else array[..., None]
     if array.shape[2] != in_channels and (array.shape[2], in_channels) != (1, 3):
         fix = "transpose it to" if array.shape[0] == in_channels else "save it as"
@@ -283,8 +280,8 @@ def _npy_image(path: Path, in_channels: int, max_pixels: int, data: bytes | None
     return np.ascontiguousarray(np.broadcast_to(_to_bytes(array), (*array.shape[:2], in_channels)))
 
 
-def _npy_mask(path: Path, max_pixels: int, data: bytes | None) -> np.ndarray:
-    array = np.asarray(_npy(path, max_pixels, data))
+def _npy_mask(path: Path) -> np.ndarray:
+    array = np.asarray(_npy(path))
     array = array[..., 0] if array.shape[2:] == (1,) else array
     if array.ndim == 3 and (array.shape[2] != 3 or array.dtype != np.uint8):
         raise DataError(f"is {array.dtype} of shape {array.shape}; a mask is (height, width) whole numbers.")
@@ -315,11 +312,11 @@ def _mask_values(picture: Image.Image, as_colours: bool) -> np.ndarray:
     return _to_channels(picture, 3)  # RGBA with its transparent pixels black, CMYK, ...
 
 
-def _damage(picture: Image.Image, path: Path, data: bytes | None) -> str:
+def _damage(picture: Image.Image, path: Path) -> str:
     """What may have altered a mask's values unseen, as far as the file tells."""
     if picture.format in ("JPEG", "MPO"):
         return "is a JPEG"
-    if picture.format == "WEBP" and b"VP8L" not in (data or path.read_bytes()):
+    if picture.format == "WEBP" and b"VP8L" not in path.read_bytes():
         return "is a lossy WebP"
     if "jpeg" in str(picture.info.get("compression")):
         return "is a TIFF that holds a JPEG"

@@ -10,9 +10,20 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import Augmentation, DataError, Encoding, Pair, find_images, fit, folder, read_image, read_mask
-from datasets.folder import SegmentationDataset, read_fitted
-from datasets.reading import load_image
+from datasets import (
+    Augmentation,
+    DataError,
+    Encoding,
+    Pair,
+    find_images,
+    fit,
+    folder,
+    read_image,
+    read_mask,
+    reading,
+)
+from datasets.folder import SegmentationDataset
+from datasets.reading import load_fitted, load_image
 from datasets.sampling import Loader, epoch_batches, evaluation_shard
 
 RNG = np.random.default_rng(0)
@@ -121,7 +132,7 @@ def test_exif_turns_picture_and_mask_as_viewers_do(tmp_path, orientation):
     save(tmp_path / "a.jpg", stored.repeat(20, 0).repeat(20, 1), exif=tags)
     assert np.array_equal(read_image(tmp_path / "a.png", 1)[..., 0], turned)
     assert np.array_equal(read_mask(tmp_path / "a.png"), turned)
-    reduced = read_image(tmp_path / "a.jpg", 1, reduce_to=turned.shape)[..., 0]
+    reduced = load_image(tmp_path / "a.jpg", 1, reduce_to=lambda _: turned.shape)[0][..., 0]
     assert (
         reduced.shape < (320, 320)
         and np.abs(
@@ -134,18 +145,20 @@ def test_exif_turns_picture_and_mask_as_viewers_do(tmp_path, orientation):
 
 def test_a_large_jpeg_is_decoded_small_but_never_too_small(tmp_path):
     path = save(tmp_path / "a.jpg", np.full((400, 600, 3), 90, np.uint8))
-    assert read_image(path, reduce_to=(100, 100)).shape == (100, 150, 3)
-    assert read_image(path, reduce_to=(101, 100)).shape == (200, 300, 3)
+    assert load_image(path, 3, reduce_to=lambda _: (100, 100))[0].shape == (100, 150, 3)
+    assert load_image(path, 3, reduce_to=lambda _: (101, 100))[0].shape == (200, 300, 3)
     full, box = fit(read_image(path), (64, 64), "letterbox")
-    small, same_box = read_fitted(path, 3, (64, 64), "letterbox")
+    small, same_box, _ = load_fitted(path, 3, (64, 64), "letterbox")
     assert box == same_box and np.abs(full.astype(int) - small).max() <= 1
 
 
-def test_a_picture_above_the_limit_is_refused_by_name(tmp_path):
+def test_a_picture_above_the_limit_is_refused_by_name(tmp_path, monkeypatch):
     path = save(tmp_path / "large.png", RGB)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 203)
     with pytest.raises(DataError, match=r"large\.png.*12 x 17.*limit is 203"):
-        read_image(path, max_pixels=203)
-    assert read_image(path, max_pixels=204).shape == RGB.shape
+        read_image(path)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 204)
+    assert read_image(path).shape == RGB.shape
 
 
 def test_a_missing_file_is_a_missing_file(tmp_path):
@@ -213,7 +226,7 @@ def test_evaluation_gives_the_whole_picture_and_the_mask_at_its_own_size(tmp_pat
         image, box, truth = dataset.evaluation_item(index)
         assert truth.shape == (pair.height, pair.width) == (box.original_height, box.original_width)
         assert np.array_equal(truth, read_mask(pair.mask))
-        assert np.array_equal(image.permute(1, 2, 0), read_fitted(pair.image, 3, (32, 40), resize)[0])
+        assert np.array_equal(image.permute(1, 2, 0), load_fitted(pair.image, 3, (32, 40), resize)[0])
 
 
 def test_wide_ids_give_wide_masks(tmp_path):

@@ -368,6 +368,14 @@ def test_refused_data_names_the_culprit_and_says_everything_at_once(root, what):
     assert "Traceback" not in message and message.count("\n") < 60
 
 
+def test_mask_values_without_a_class_come_with_what_to_do(root):
+    each_mask(root, lambda path, ids: save_mask(f"{path}.png", ids * 60))
+    with pytest.raises(DataError) as caught:
+        check_data(root, num_classes=3)
+    *_, remedy = str(caught.value).split(" | ")
+    assert "set labels" in remedy and "as said" not in remedy
+
+
 def grey_photo(root, mode, suffix=".png", **options):
     picture(3, mode=mode).save(
         replace(root / "train/images/p0.png", root / f"train/images/p0{suffix}"), **options
