@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.optim import OPTIMIZERS, SCHEDULES, Schedule, build_optimizer, check_groups
+from utils.optim import OPTIMIZERS, SCHEDULES, Schedule, build_optimizer
 
 
 class Net(nn.Module):
@@ -76,22 +76,8 @@ def test_frozen_parameters_are_left_out():
     net.backbone.requires_grad_(False)
     optimizer = build_optimizer(net, "adam", 0.1)
     assert [g["name"] for g in optimizer.param_groups] == ["head", "head.no_decay"]
-    with pytest.raises(ValueError, match="backbone_lr_scale needs trainable parameters under 'backbone'"):
+    with pytest.raises(ValueError, match="backbone_lr_scale 0.1 needs trainable parameters under 'backbone'"):
         build_optimizer(net, "adam", 0.1, backbone_lr_scale=0.1)
-    net.requires_grad_(False)
-    with pytest.raises(ValueError, match="some parameter must be trainable"):
-        build_optimizer(net, "adam", 0.1)
-
-
-def test_a_parameter_that_is_missing_or_stands_twice_is_named():
-    net = Net()
-    own, foreign = list(net.named_parameters()), list(Net().named_parameters())
-    with pytest.raises(ValueError, match=r"got \['head.bias 0 times'\]"):
-        check_groups(net, [{"params": own[:-1]}])
-    with pytest.raises(ValueError, match=r"got \['head.bias 2 times'\]"):
-        check_groups(net, [{"params": own}, {"params": own[-1:]}])
-    with pytest.raises(ValueError, match="6 frozen or of another model"):
-        check_groups(net, [{"params": own + foreign}])
 
 
 def test_tied_parameters_stand_in_one_group_once():
@@ -207,10 +193,3 @@ def test_epochs_without_validation_do_not_count_for_plateau():
     assert rates(schedule)[0] == 0.1
     schedule.epoch_end(0.5)
     assert rates(schedule)[0] == pytest.approx(0.01)
-
-
-def test_an_unknown_name_is_refused_with_the_near_one():
-    with pytest.raises(ValueError, match="optimizer must be one of .* Did you mean 'adam'"):
-        build_optimizer(Net(), "adm", 0.1)
-    with pytest.raises(ValueError, match="scheduler must be one of .* Did you mean 'poly'"):
-        schedule_for("polly")

@@ -5,14 +5,10 @@ rate of step `k - 1`. A run that is broken off and resumed therefore continues w
 and what a schedule will do can be drawn before it does it.
 """
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import nn
-
-from utils.cli import near
 
 OPTIMIZERS = {  # from groups, momentum and the choice of the fused form, which torch's RMSprop lacks
     "adam": lambda groups, momentum, fused: torch.optim.Adam(groups, fused=fused),
@@ -45,12 +41,10 @@ def build_optimizer(
         backbone_lr_scale: factor on the learning rate of the parameters below a module named `backbone`.
 
     Raises:
-        ValueError: unknown name, or a parameter that is not in exactly one group.
+        ValueError: a factor for a backbone without trainable parameters.
     """
-    _one_of("optimizer", name, OPTIMIZERS)
     groups = parameter_groups(model, lr, weight_decay, backbone_lr_scale)
-    check_groups(model, groups)
-    fused = all(p.device.type in ("cpu", "cuda") for group in groups for _, p in group["params"])
+    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     return OPTIMIZERS[name](groups, momentum, fused or None)
 
 
@@ -73,8 +67,8 @@ def parameter_groups(
             members[part if parameter.ndim > 1 else f"{part}.no_decay"].append((name, parameter))
     if backbone_lr_scale != 1 and not members["backbone"] + members["backbone.no_decay"]:
         raise ValueError(
-            f"backbone_lr_scale needs trainable parameters under 'backbone'; {type(model).__name__} has "
-            f"none; got {backbone_lr_scale}. Set it to 1, or take a model with a backbone that is not frozen."
+            f"backbone_lr_scale {backbone_lr_scale} needs trainable parameters under 'backbone'; "
+            "there are none. Set it to 1, or take a model with a backbone that is not frozen"
         )
     return [
         {
@@ -86,23 +80,6 @@ def parameter_groups(
         for name, parameters in members.items()
         if parameters
     ]
-
-
-def check_groups(model: nn.Module, groups: list[dict]) -> None:
-    """Raise ValueError unless `groups` hold each trainable parameter of `model` once and no other."""
-    times = Counter(id(p) for group in groups for _, p in group["params"])
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError(
-            f"optimizer: some parameter must be trainable; {type(model).__name__} has none. Unfreeze a part."
-        )
-    wrong = [f"{name} {times[key]} times" for key, name in trainable.items() if times[key] != 1]
-    strange = len(times.keys() - trainable.keys())
-    if wrong or strange:
-        raise ValueError(
-            f"optimizer: each trainable parameter must be in a group once, and no other; got {wrong}, and "
-            f"{strange} frozen or of another model. Build the groups with parameter_groups."
-        )
 
 
 def _poly(schedule: "Schedule", step: int) -> float:
@@ -130,9 +107,6 @@ class Schedule:
     Attributes:
         position: the number of steps taken; each group's `lr` is the one of the step to come.
 
-    Raises:
-        ValueError: unknown name.
-
     Example:
         >>> optimizer = build_optimizer(nn.Linear(2, 1), "sgd", lr=1.0)
         >>> Schedule(optimizer, "step", steps_per_epoch=1, epochs=4, step_size=2).plan()
@@ -152,7 +126,6 @@ class Schedule:
     plateau_patience: int = 10  # validations without a rise that are borne
 
     def __post_init__(self) -> None:
-        _one_of("scheduler", self.name, SCHEDULES)
         self.total_steps = self.steps_per_epoch * self.epochs
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.load_state_dict({"position": 0, "best": float("-inf"), "waited": 0, "cuts": 0})
@@ -203,9 +176,3 @@ class Schedule:
     def _set_rates(self) -> None:
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * self._factor(self.position)
-
-
-def _one_of(field: str, name: str, choices: Iterable[str]) -> None:
-    if name not in choices:
-        hint = near(str(name), list(choices)) or " Choose one of these."
-        raise ValueError(f"{field} must be one of {', '.join(choices)}; got {name!r}.{hint}")
