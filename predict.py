@@ -445,21 +445,19 @@ def write_network(weights: Path, path: Path) -> int:
         ValueError: as `check_target` and `load_model`.
         OSError: likewise, or the file cannot be written.
     """
-    from utils.export import SIZES, check_target, export  # slow to import
+    from utils.export import check_target, export  # slow to import
 
     check_target(path)
     model = load_model(weights)
     info = model.info
-    kept = ("class_names", "image_size", "resize", "palette", "epoch")
-    about = {name: getattr(info, name) for name in kept}
+    about = {k: vars(info)[k] for k in ("class_names", "image_size", "resize", "palette", "epoch")}
     difference = export(model, path, mean=info.mean, std=info.std, about=about)
     channels, classes = info.architecture["in_channels"], info.architecture["num_classes"]
     print(f"wrote {path}: pictures uint8 (N, {channels}, H, W), as read, to logits (N, {classes}, H, W)")
     if difference is None:
         print("not run: install onnxruntime to have it compared with the network")
     else:
-        sizes = ", ".join(" x ".join(map(str, size)) for size in SIZES)
-        print(f"its logits differ from the network's by {difference:.1e} of the largest, over {sizes}")
+        print(f"its logits differ from the network's by {difference:.1e} of the largest")
     return 0
 
 
