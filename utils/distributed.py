@@ -7,8 +7,7 @@ With one process everything here does nothing, so the loop is written once.
 import gc
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -73,14 +72,10 @@ def wrap(model: nn.Module, processes: Processes, device: torch.device) -> nn.Mod
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
-@contextmanager
-def averaging(model: nn.Module, now: bool) -> Iterator[None]:
+def averaging(model: nn.Module, now: bool) -> AbstractContextManager:
     """Around forward and backward: average the gradients only `now`, at the last part of a batch."""
-    if now or not isinstance(model, DistributedDataParallel):
-        yield
-    else:
-        with model.no_sync():
-            yield
+    waits = isinstance(model, DistributedDataParallel) and not now
+    return model.no_sync() if waits else nullcontext()
 
 
 def sum_over(*tensors: Tensor) -> None:

@@ -79,7 +79,7 @@ def find_run(resume: str, output_dir: Path) -> Path:
         unfinished = [p for p in output_dir.glob("*/last.pt") if not (p.parent / END_MARK).exists()]
         if not unfinished:
             raise FileNotFoundError(f"no unfinished run in {output_dir}. Leave resume out to start a new one")
-        return max(unfinished, key=_written_at).parent
+        return max(unfinished, key=os.path.getmtime).parent
     last = Path(resume) if Path(resume).name == "last.pt" else Path(resume, "last.pt")
     if not last.is_file():
         raise FileNotFoundError(f"no checkpoint at {last}. Give resume an existing run, or leave it out")
@@ -90,13 +90,8 @@ def newest_weights(output_dir: Path) -> Path:
     """The best.pt that was written last."""
     found = list(output_dir.glob("*/best.pt"))
     if not found:
-        train_first = "Train first (python train.py), or give weights a checkpoint"
-        raise FileNotFoundError(f"no {output_dir}/*/best.pt. {train_first}")
-    return max(found, key=_written_at)
-
-
-def _written_at(path: Path) -> int:
-    return path.stat().st_mtime_ns
+        raise FileNotFoundError(f"no {output_dir}/*/best.pt. Train first, or give weights a checkpoint")
+    return max(found, key=os.path.getmtime)
 
 
 def versions() -> dict[str, str]:
@@ -116,9 +111,9 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}" if abs(value) < 1e-3 else f"{value:.6f}"
-    return value
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.6g}" if abs(value) < 1e-3 else f"{value:.6f}"
 
 
 def score_columns(class_names: Sequence[str], scores: Any, loss: float) -> dict[str, float]:
@@ -251,10 +246,8 @@ class Clock:
         """What to try where over a tenth of the time so far went to waiting for data; empty elsewhere."""
         if self.share("data") <= 0.1:
             return ""
-        return (
-            f". Data is waited for in {100 * self.share('data'):.0f} % of the time: try cache ram or disk, "
-            "more num_workers, or smaller picture files"
-        )
+        share = f"{100 * self.share('data'):.0f} % of the time"
+        return f". Data is waited for in {share}: try cache ram or disk, more num_workers, or smaller files"
 
 
 def multiply_adds(model: nn.Module, picture: Tensor) -> float:
@@ -273,10 +266,8 @@ def explain(error: Exception, device: torch.device, folder: Path | None, memory_
     first_line = str(error).split("\n")[0]
     if is_out_of_memory(error):
         weights = f" (from these weights: --init_from {folder / 'last.pt'})" if saved else ""
-        return (
-            f"out of memory on {device}, with a peak of {peak_memory(device) / 2**30:.1f} GiB. "
-            f"Free some, then {go_on}; or start anew{weights} with {memory_savers}"
-        )
+        peak = f"out of memory on {device}, with a peak of {peak_memory(device) / 2**30:.1f} GiB"
+        return f"{peak}. Free some, then {go_on}; or start anew{weights} with {memory_savers}"
     if is_lost(error):
         reason = first_line.split("] ", 1)[-1].split(". ")[0]  # without gloo's file and its good wishes
         return f"another process of this run has ended: {reason}. Mend what ended it, then {go_on}"
