@@ -6,7 +6,6 @@ Both doors go through `Network`, so that scoring saved predictions gives the dig
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -92,14 +91,10 @@ class Network:
             return self._forward(images)
         size, views = images.shape[-2:], []
         for factor in (1.0,) if self.tta == "flip" else TTA_SCALES:
-            scaled = images
-            if factor != 1:
-                target = [max(32, round(side * factor)) for side in size]
-                scaled = F.interpolate(images, size=target, mode="bilinear", align_corners=False)
-            for flipped in (False, True):
-                logits = self._forward(scaled.flip(-1) if flipped else scaled)
-                logits = logits.flip(-1) if flipped else logits
-                views.append(F.interpolate(logits, size=size, mode="bilinear", align_corners=False))
+            target = [max(32, round(side * factor)) for side in size]
+            scaled = images if factor == 1 else _resized(images, target)
+            views.append(_resized(self._forward(scaled), size))
+            views.append(_resized(self._forward(scaled.flip(-1)).flip(-1), size))
         return torch.stack(views).mean(0)
 
     def _forward(self, images: Tensor) -> Tensor:
@@ -128,25 +123,19 @@ def picture_logits(
     """
     whole = network.logits(torch.stack(list(images))).split(1) if window is None else None
     for at, (image, box) in enumerate(zip(images, boxes, strict=True)):
-        if whole is None:
-            blocks = sliding_blocks(network.logits, partial(_rows, image), image.shape[1:], window, overlap)
-            yield restore(_joined(blocks, image.shape[1:]), box)
-        else:
-            yield restore(whole[at], box)
+        yield restore(_slide(network, image, window, overlap) if whole is None else whole[at], box)
 
 
-def _rows(image: Tensor, top: int, bottom: int) -> Tensor:
-    return image[:, top:bottom]
-
-
-def _joined(blocks: Iterator[tuple[int, int, Tensor]], size: Sequence[int]) -> Tensor:
-    """The blocks of a picture put together, (1, num_classes, H, W)."""
-    joined = None
-    for top, left, block in blocks:
-        if joined is None:
-            joined = block.new_empty(1, len(block), *size)
-        joined[0, :, top : top + block.shape[1], left : left + block.shape[2]] = block
-    return joined
+def _slide(network: Network, image: Tensor, window: tuple[int, int], overlap: float) -> Tensor:
+    """Logits (1, num_classes, H, W) of one image (C, H, W), by windows."""
+    size, logits = image.shape[1:], None
+    for top, left, block in sliding_blocks(
+        network.logits, lambda top, bottom: image[:, top:bottom], size, window, overlap
+    ):
+        if logits is None:
+            logits = block.new_empty(1, len(block), *size)
+        logits[0, :, top : top + block.shape[1], left : left + block.shape[2]] = block
+    return logits
 
 
 def restore(logits: Tensor, box: Any) -> Tensor:
@@ -162,11 +151,11 @@ def restore(logits: Tensor, box: Any) -> Tensor:
     """
     inner = logits[..., box.top : box.top + box.height, box.left : box.left + box.width]
     size = (box.original_height, box.original_width)
-    return (
-        inner
-        if inner.shape[-2:] == size
-        else F.interpolate(inner, size=size, mode="bilinear", align_corners=False)
-    )
+    return inner if inner.shape[-2:] == size else _resized(inner, size)
+
+
+def _resized(images: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
 def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator[tuple[int, int, Tensor]]:
@@ -184,8 +173,7 @@ def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator
         above = at.long()
         below = (above + 1).clamp_(max=last)
         strip = torch.lerp(inner[:, above], inner[:, below], (at - above).float()[:, None])
-        size = (len(at), width)
-        yield top, 0, F.interpolate(strip[None], size=size, mode="bilinear", align_corners=False)[0]
+        yield top, 0, _resized(strip[None], (len(at), width))[0]
 
 
 def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
