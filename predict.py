@@ -88,7 +88,7 @@ from utils import visualize
 from utils.checkpoint import write_atomic, write_image
 from utils.device import describe_device, keep_freed_memory, pick_device, pick_precision
 from utils.inference import Network, picture_logits, restored_strips, sliding_blocks
-from utils.run import class_table, format_score, format_table, newest_weights, try_output, write_log
+from utils.run import class_table, format_table, mean_scores, newest_weights, try_output, write_log
 
 SUMMARY = "summary.csv"
 SCORES = ("mean_iou", "mean_dice", "pixel_accuracy")  # of a picture, where the truth is given
@@ -156,9 +156,8 @@ def main(args: Args) -> int:
     problems = [one.problem for one in done if one.problem]
     if problems:
         rest = "" if len(problems) == len(done) else ", the others are written"
-        raise Fail(
-            "\n  ".join([f"{len(problems)} of {len(done)} pictures had problems{rest}:", *problems]), 1
-        )
+        heading = f"{len(problems)} of {len(done)} pictures had problems{rest}:"
+        raise Fail("\n  ".join([heading, *problems]), 1)
     return 0
 
 
@@ -349,10 +348,8 @@ def save(work: Work, index: int, ids: np.ndarray, picture=None, probabilities=No
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    if work.args.encoding == "source":
-        mask = source_mask(ids, work.encoding)
-    else:
-        mask = visualize.mask_image(ids, info.palette)
+    source = work.args.encoding == "source"
+    mask = source_mask(ids, work.encoding) if source else visualize.mask_image(ids, info.palette)
     write_image(place("masks", ".png"), mask, compress_level=1)
     if picture is not None:
         blended = visualize.overlay(picture, resize_mask(ids, picture.shape[:2]), info.palette)
@@ -382,14 +379,12 @@ def report(work: Work, done: list[Done], seconds: float) -> None:
         return
     output, names = Path(work.args.output), work.info.class_names
     files = [str(work.files[one.index]) for one in done]
-    shares = [dict(zip(names, one.shares, strict=True)) for one in done]
-    rows = [{"picture": file} | row for file, row in zip(files, shares, strict=True)]
-    write_log(output / SUMMARY, rows)
+    rows = [[file, *one.shares] for file, one in zip(files, done, strict=True)]
+    write_log(output / SUMMARY, [dict(zip(["picture", *names], row, strict=True)) for row in rows])
     table = []
-    for name in names:
-        found = [row[name] for row in shares]
-        share = f"{100 * sum(found) / len(found):.2f} %"
-        table.append([f"  {name}", share, str(sum(value > 0 for value in found))])
+    for name, shares in zip(names, zip(*(one.shares for one in done), strict=True), strict=True):
+        share = f"{100 * sum(shares) / len(shares):.2f} %"
+        table.append([f"  {name}", share, str(sum(value > 0 for value in shares))])
     print(format_table(["  class", "share", "pictures"], table))
     if work.truths:
         total, rows = ConfusionMatrix(len(names), work.info.ignore_index), []
@@ -399,12 +394,8 @@ def report(work: Work, done: list[Done], seconds: float) -> None:
             rows.append({"picture": file} | {name: getattr(scores, name) for name in SCORES})
         rows.sort(key=lambda row: (math.isnan(row["mean_iou"]), row["mean_iou"]))  # the worst first
         write_log(output / "scores.csv", rows)
-        scores = total.scores()
-        print(
-            f"against the truth: mean IoU {format_score(scores.mean_iou)}, mean Dice "
-            f"{format_score(scores.mean_dice)}, pixel accuracy {format_score(scores.pixel_accuracy)}"
-        )
-        print(class_table(names, scores))
+        print(f"against the truth: {mean_scores(total.scores())}")
+        print(class_table(names, total.scores()))
     overlays = f", overlays to {output / 'overlays'}" if work.args.overlay else ""
     print(f"wrote {len(done)} masks to {output / 'masks'}{overlays}; {len(done) / seconds:.1f} pictures/s")
 

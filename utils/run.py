@@ -130,11 +130,8 @@ def score_columns(class_names: Sequence[str], scores: Any, loss: float) -> dict[
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Columns in plain text: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for first, *others in [header, *rows]:
-        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    line = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+    return "\n".join(line.format(*cells) for cells in [header, *rows])
 
 
 def class_table(class_names: Sequence[str], scores: Any) -> str:
@@ -143,6 +140,12 @@ def class_table(class_names: Sequence[str], scores: Any) -> str:
     table.append(("mean", scores.mean_iou, scores.mean_dice, scores.mean_accuracy))
     rows = [[f"  {name}", *map(format_score, values)] for name, *values in table]
     return format_table(["  class", "IoU", "Dice", "accuracy"], rows)
+
+
+def mean_scores(scores: Any) -> str:
+    """The means of a confusion matrix's scores in words."""
+    names = ("mean IoU", "mean Dice", "pixel accuracy")
+    return ", ".join(f"{n} {format_score(getattr(scores, n.lower().replace(' ', '_')))}" for n in names)
 
 
 def format_score(value: float) -> str:
