@@ -281,14 +281,12 @@ def predict_large(work: Work, index: int) -> Done:
         with LargePicture(path, work.info.architecture["in_channels"]) as picture:
             drawn = picture.reduced(DRAWN) if args.overlay else None
             if work.window:
-                blocks = sliding_blocks(
-                    network.logits,
-                    lambda top, bottom: chw(picture.rows(top, bottom)),
-                    picture.size,
-                    work.window,
-                    args.overlap,
-                    1 if network.device.type == "cpu" else args.batch_size,  # no gain there, for its memory
-                )
+                batch = 1 if network.device.type == "cpu" else args.batch_size  # a CPU gains nothing by more
+
+                def rows(top: int, bottom: int) -> Tensor:
+                    return chw(picture.rows(top, bottom))
+
+                blocks = sliding_blocks(network.logits, rows, picture.size, work.window, args.overlap, batch)
             else:
                 image, box = picture.fitted(work.info.image_size, work.info.resize)
                 blocks = restored_strips(network.logits(chw(image)[None]), box)

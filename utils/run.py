@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,12 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
     """Make a run's folder, which no other run gets: `mkdir` is the lock between runs started at once."""
     output_dir.mkdir(parents=True, exist_ok=True)
     name = run_name or time.strftime(f"{model}_%Y-%m-%d_%H-%M-%S")
-    for attempt in range(1, 1000):
-        folder = output_dir / (name if attempt == 1 else f"{name}_{attempt}")
-        try:
+    others = [] if run_name else [f"{name}_{number}" for number in range(2, 1000)]
+    for one in (name, *others):
+        folder = output_dir / one
+        with suppress(FileExistsError):
             folder.mkdir()
             return folder
-        except FileExistsError:
-            if run_name:
-                break
     unfinished = (folder / "last.pt").exists() and not (folder / END_MARK).exists()
     way = f"Go on with it by --resume {folder}" if unfinished else "Remove it"
     raise ValueError(f"run_name {name!r} exists in {output_dir}. {way}, or give another name")
@@ -205,10 +203,8 @@ class Clock:
     def to(self, what: str) -> Iterator[None]:
         """Count the time of the block towards `what`."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(what, start)
+        yield
+        self.add(what, start)
 
     def add(self, what: str, start: float) -> None:
         """Count the time since `start` towards `what`."""
