@@ -88,7 +88,7 @@ from utils import visualize
 from utils.checkpoint import write_atomic, write_image
 from utils.device import describe_device, keep_freed_memory, pick_device, pick_precision
 from utils.inference import Network, picture_logits, restored_strips, sliding_blocks
-from utils.run import class_table, format_score, format_table, newest_weights, try_output, write_log
+from utils.run import class_table, format_table, mean_scores, newest_weights, try_output, write_log
 
 SUMMARY = "summary.csv"
 SCORES = ("mean_iou", "mean_dice", "pixel_accuracy")  # of a picture, where the truth is given
@@ -166,9 +166,8 @@ def main(args: Args) -> int:
     problems = [one.problem for one in done if one.problem]
     if problems:
         rest = "" if len(problems) == len(done) else ", the others are written"
-        raise Fail(
-            "\n  ".join([f"{len(problems)} of {len(done)} pictures had problems{rest}:", *problems]), 1
-        )
+        heading = f"{len(problems)} of {len(done)} pictures had problems{rest}:"
+        raise Fail("\n  ".join([heading, *problems]), 1)
     return 0
 
 
@@ -292,14 +291,12 @@ def predict_large(work: Work, index: int) -> Done:
         with LargePicture(path, work.info.architecture["in_channels"]) as picture:
             drawn = picture.reduced(DRAWN) if args.overlay else None
             if work.window:
-                blocks = sliding_blocks(
-                    network.logits,
-                    lambda top, bottom: chw(picture.rows(top, bottom)),
-                    picture.size,
-                    work.window,
-                    args.overlap,
-                    1 if network.device.type == "cpu" else args.batch_size,  # no gain there, for its memory
-                )
+                batch = 1 if network.device.type == "cpu" else args.batch_size  # a CPU gains nothing by more
+
+                def rows(top: int, bottom: int) -> Tensor:
+                    return chw(picture.rows(top, bottom))
+
+                blocks = sliding_blocks(network.logits, rows, picture.size, work.window, args.overlap, batch)
             else:
                 image, box = picture.fitted(work.info.image_size, work.info.resize)
                 blocks = restored_strips(network.logits(chw(image)[None]), box)
@@ -359,10 +356,8 @@ def save(work: Work, index: int, ids: np.ndarray, picture=None, probabilities=No
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    if work.args.encoding == "source":
-        mask = source_mask(ids, work.encoding)
-    else:
-        mask = visualize.mask_image(ids, info.palette)
+    source = work.args.encoding == "source"
+    mask = source_mask(ids, work.encoding) if source else visualize.mask_image(ids, info.palette)
     write_image(place("masks", ".png"), mask, compress_level=1)
     if picture is not None:
         blended = visualize.overlay(picture, resize_mask(ids, picture.shape[:2]), info.palette)
@@ -392,14 +387,12 @@ def report(work: Work, done: list[Done], seconds: float) -> None:
         return
     output, names = Path(work.args.output), work.info.class_names
     files = [str(work.files[one.index]) for one in done]
-    shares = [dict(zip(names, one.shares, strict=True)) for one in done]
-    rows = [{"picture": file} | row for file, row in zip(files, shares, strict=True)]
-    write_log(output / SUMMARY, rows)
+    rows = [[file, *one.shares] for file, one in zip(files, done, strict=True)]
+    write_log(output / SUMMARY, [dict(zip(["picture", *names], row, strict=True)) for row in rows])
     table = []
-    for name in names:
-        found = [row[name] for row in shares]
-        share = f"{100 * sum(found) / len(found):.2f} %"
-        table.append([f"  {name}", share, str(sum(value > 0 for value in found))])
+    for name, shares in zip(names, zip(*(one.shares for one in done), strict=True), strict=True):
+        share = f"{100 * sum(shares) / len(shares):.2f} %"
+        table.append([f"  {name}", share, str(sum(value > 0 for value in shares))])
     print(format_table(["  class", "share", "pictures"], table))
     if work.truths:
         total, rows = ConfusionMatrix(len(names), work.info.ignore_index), []
@@ -409,12 +402,8 @@ def report(work: Work, done: list[Done], seconds: float) -> None:
             rows.append({"picture": file} | {name: getattr(scores, name) for name in SCORES})
         rows.sort(key=lambda row: (math.isnan(row["mean_iou"]), row["mean_iou"]))  # the worst first
         write_log(output / "scores.csv", rows)
-        scores = total.scores()
-        print(
-            f"against the truth: mean IoU {format_score(scores.mean_iou)}, mean Dice "
-            f"{format_score(scores.mean_dice)}, pixel accuracy {format_score(scores.pixel_accuracy)}"
-        )
-        print(class_table(names, scores))
+        print(f"against the truth: {mean_scores(total.scores())}")
+        print(class_table(names, total.scores()))
     overlays = f", overlays to {output / 'overlays'}" if work.args.overlay else ""
     print(f"wrote {len(done)} masks to {output / 'masks'}{overlays}; {len(done) / seconds:.1f} pictures/s")
 
@@ -455,21 +444,19 @@ def write_network(weights: Path, path: Path) -> int:
         ValueError: as `check_target` and `load_model`.
         OSError: likewise, or the file cannot be written.
     """
-    from utils.export import SIZES, check_target, export  # slow to import
+    from utils.export import check_target, export  # slow to import
 
     check_target(path)
     model = load_model(weights)
     info = model.info
-    kept = ("class_names", "image_size", "resize", "palette", "epoch")
-    about = {name: getattr(info, name) for name in kept}
+    about = {k: vars(info)[k] for k in ("class_names", "image_size", "resize", "palette", "epoch")}
     difference = export(model, path, mean=info.mean, std=info.std, about=about)
     channels, classes = info.architecture["in_channels"], info.architecture["num_classes"]
     print(f"wrote {path}: pictures uint8 (N, {channels}, H, W), as read, to logits (N, {classes}, H, W)")
     if difference is None:
         print("not run: install onnxruntime to have it compared with the network")
     else:
-        sizes = ", ".join(" x ".join(map(str, size)) for size in SIZES)
-        print(f"its logits differ from the network's by {difference:.1e} of the largest, over {sizes}")
+        print(f"its logits differ from the network's by {difference:.1e} of the largest")
     return 0
 
 

@@ -46,7 +46,7 @@ from utils.distributed import ONE_PROCESS, Processes
 from utils.ema import Ema
 from utils.inference import Network, normalize, picture_logits, restore
 from utils.optim import Schedule, build_optimizer
-from utils.run import END_MARK, Clock, Progress, StopSignal, class_table, format_score, score_columns
+from utils.run import END_MARK, Clock, Progress, StopSignal, class_table, format_score, mean_scores
 
 FREE = ("num_workers", "device", "cache", "cache_dir", "save_every_minutes")  # settings that change no result
 SHOWN = 4  # pictures in a panel of samples/ and in the report
@@ -282,7 +282,7 @@ def train(run: Run) -> None:
         if number % config.val_every == 0 or number == config.epochs:
             with run.clock.to("validation"):
                 found = evaluate(run, averaged_weights(run))
-            row |= score_columns(config.names, found.scores, found.loss)
+            row |= run_files.score_columns(config.names, found.scores, found.loss)
         end_epoch(run, row, found)
         print_epoch(run, row, found)
     if progress.epoch < config.epochs:
@@ -579,14 +579,12 @@ def restore_state(run: Run, saved: dict[str, Any]) -> None:
     now = run.report.fingerprint
     changed = [part for part, value in saved["fingerprint"].items() if now.get(part) != value]
     if changed:
-        raise ValueError(
-            f"{run.config.data_root} has changed since {run.folder} was started: {', '.join(changed)}. "
-            "Bring the old data back, or start a new run (from these weights: --init_from)"
-        )
+        what = f"{run.config.data_root} has changed since {run.folder} was started: {', '.join(changed)}"
+        raise ValueError(f"{what}. Bring the old data back, or start a new run by --init_from")
     run.progress = Progress(**saved["progress"])
     if is_over(run) and (run.folder / END_MARK).exists():
-        epochs = f"{run.progress.epoch} epochs"
-        raise ValueError(f"{run.folder} is finished after {epochs}. Start a new run by --init_from")
+        after = f"after {run.progress.epoch} epochs"
+        raise ValueError(f"{run.folder} is finished {after}. Start a new run by --init_from")
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
     run.schedule.load_state_dict(saved["schedule"])
@@ -599,14 +597,13 @@ def restore_state(run: Run, saved: dict[str, Any]) -> None:
 def print_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
     """One line about the epoch, and the table of the classes where it validated."""
     terms = [f"{name[6:]} {value:.4f}" for name, value in row.items() if name.startswith("train_")]
-    line = f"  {', '.join(terms)}, learning rate {row['learning_rate']:.3g}, "
-    line += f"{row['images_per_second']:.0f} pictures/s"
+    terms.append(f"learning rate {row['learning_rate']:.3g}, {row['images_per_second']:.0f} pictures/s")
+    line = "  " + ", ".join(terms)
     if not is_over(run):
         line += run.clock.left(run.schedule.position, run.schedule.total_steps)
     if found:
         best = "  (best so far)" * (run.progress.best_epoch == row["epoch"])
-        line += f"\n  validation loss {found.loss:.4f}, mean IoU {format_score(found.scores.mean_iou)}, "
-        line += f"mean Dice {format_score(found.scores.mean_dice)}{best}"
+        line += f"\n  validation loss {found.loss:.4f}, {mean_scores(found.scores)}{best}"
         line += "\n" + class_table(run.config.names, found.scores)
     print(line, flush=True)
 
@@ -627,18 +624,12 @@ def finish(run: Run) -> None:
         order = sorted(range(len(run.val_set)), key=lambda index: -found.picture_iou[index])
         rows = sample_rows(run, best, found, order[:2] + order[2:][-2:])
         parts = (run.classes, scores, found.counts.numpy(), rows)
-        words = (
-            run.folder.name,
-            f"{config.model} on {config.data_root}, best of {len(progress.rows)} epochs",
-        )
-        report = visualize.draw_report(progress.rows, run.rate_plan, *parts, *words)
+        subtitle = f"{config.model} on {config.data_root}, best of {len(progress.rows)} epochs"
+        report = visualize.draw_report(progress.rows, run.rate_plan, *parts, run.folder.name, subtitle)
         files.write_image(run.folder / END_MARK, report)
     commonest = config.names[int(found.counts.sum(1).argmax())]
-    print(
-        f"best: epoch {progress.best_epoch}, mean IoU {format_score(scores.mean_iou)}, "
-        f"mean Dice {format_score(scores.mean_dice)}, pixel accuracy {format_score(scores.pixel_accuracy)}; "
-        f"{commonest} everywhere would have mean IoU {format_score(scores.baseline_iou)}"
-    )
+    baseline = f"{commonest} everywhere would have mean IoU {format_score(scores.baseline_iou)}"
+    print(f"best: epoch {progress.best_epoch}, {mean_scores(scores)}; {baseline}")
     print(class_table(config.names, scores))
     print(f"time: {run.clock.describe()}; peak memory {machine.peak_memory(run.device) / 2**30:.1f} GiB")
     print(f"see {run.folder / END_MARK}; predict with: python predict.py --weights {run.folder / 'best.pt'}")

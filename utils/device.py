@@ -82,10 +82,8 @@ def cpu_has_amx() -> bool:
 
 def _cpu_words() -> set[str]:
     """All words of Linux's description of the CPU."""
-    try:
-        return set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").split())
-    except OSError:
-        return set()
+    path = Path("/proc/cpuinfo")
+    return set(path.read_text(encoding="ascii", errors="ignore").split()) if path.exists() else set()
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:

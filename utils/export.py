@@ -22,7 +22,6 @@ from utils.inference import fold_batch_norm, normalize
 
 SIZES = ((1, 64, 64), (3, 96, 128), (2, 33, 47), (1, 160, 90))  # (batch, height, width) that are tried
 OLDEST_TORCH = (2, 14)  # 2.10 kept exported networks to sizes that pool evenly
-ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
 class Exportable(nn.Module):
@@ -71,16 +70,11 @@ def check_target(path: Path) -> None:
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"export must end in .pt2 or .onnx; got {path}. The ending says which to write")
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-        raise ValueError(
-            f"export needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, whose programs take any size; this is "
-            f"{torch.__version__}. Install a newer torch"
-        )
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if path.suffix == ".onnx" and missing:
-        raise ValueError(
-            f"export to ONNX needs the packages {' and '.join(ONNX_PACKAGES)}; {' and '.join(missing)} not "
-            f"installed. Install with: pip install {' '.join(ONNX_PACKAGES)} onnxruntime; or export to .pt2"
-        )
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ValueError(f"export needs torch {oldest}; this is {torch.__version__}. Install a newer one")
+    if path.suffix == ".onnx" and None in map(importlib.util.find_spec, ("onnx", "onnxscript")):
+        install = "pip install onnx onnxscript onnxruntime"
+        raise ValueError(f"export to ONNX needs packages that are missing. {install}; or export to .pt2")
     if path.exists():
         raise FileExistsError(f"export: {path} exists already. Remove it, or give another name")
     if not path.absolute().parent.is_dir():
@@ -128,10 +122,8 @@ def write_onnx(
     program: torch.export.ExportedProgram, example: tuple, path: Path, about: dict[str, Any]
 ) -> Callable[[Tensor], Tensor] | None:
     """Write ONNX with the weights inside; a function that runs it, where onnxruntime is installed."""
-    made = torch.onnx.export(
-        program, example, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
-    )
-    proto = made.model_proto
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    proto = torch.onnx.export(program, example, **names, dynamo=True, verbose=False).model_proto
     proto.metadata_props.add(key="info", value=json.dumps(about))
     content = proto.SerializeToString()
     write_atomic(path, lambda file: file.write(content))
@@ -146,9 +138,8 @@ def write_onnx(
 def largest_difference(network: nn.Module, run: Callable[[Tensor], Tensor], channels: int) -> float:
     """Of two functions of pictures, over `SIZES`, as a share of the largest logit."""
     generator, worst = torch.Generator().manual_seed(0), 0.0
-    for count, height, width in SIZES:
-        shape = (count, channels, height, width)
-        images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    for count, *size in SIZES:
+        images = torch.randint(256, (count, channels, *size), dtype=torch.uint8, generator=generator)
         wanted = network(images)
         worst = max(worst, float((run(images) - wanted).abs().max() / wanted.abs().max()))
     return worst

@@ -91,14 +91,10 @@ class Network:
             return self._forward(images)
         size, views = images.shape[-2:], []
         for factor in (1.0,) if self.tta == "flip" else TTA_SCALES:
-            scaled = images
-            if factor != 1:
-                target = [max(32, round(side * factor)) for side in size]
-                scaled = F.interpolate(images, size=target, mode="bilinear", align_corners=False)
-            for flipped in (False, True):
-                logits = self._forward(scaled.flip(-1) if flipped else scaled)
-                logits = logits.flip(-1) if flipped else logits
-                views.append(F.interpolate(logits, size=size, mode="bilinear", align_corners=False))
+            target = [max(32, round(side * factor)) for side in size]
+            scaled = images if factor == 1 else _resized(images, target)
+            views.append(_resized(self._forward(scaled), size))
+            views.append(_resized(self._forward(scaled.flip(-1)).flip(-1), size))
         return torch.stack(views).mean(0)
 
     def _forward(self, images: Tensor) -> Tensor:
@@ -147,7 +143,11 @@ def restore(logits: Tensor, box: Any) -> Tensor:
     size = (box.original_height, box.original_width)
     if inner.shape[-2:] == size:
         return inner
-    return F.interpolate(inner, size=size, mode="bilinear", align_corners=False)
+    return _resized(inner, size)
+
+
+def _resized(images: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
 def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator[tuple[int, int, Tensor]]:
@@ -165,8 +165,7 @@ def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator
         above = at.long()
         below = (above + 1).clamp_(max=last)
         strip = torch.lerp(inner[:, above], inner[:, below], (at - above).float()[:, None])
-        size = (len(at), width)
-        yield top, 0, F.interpolate(strip[None], size=size, mode="bilinear", align_corners=False)[0]
+        yield top, 0, _resized(strip[None], (len(at), width))[0]
 
 
 def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:

@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,12 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
     """Make a run's folder, which no other run gets: `mkdir` is the lock between runs started at once."""
     output_dir.mkdir(parents=True, exist_ok=True)
     name = run_name or time.strftime(f"{model}_%Y-%m-%d_%H-%M-%S")
-    for attempt in range(1, 1000):
-        folder = output_dir / (name if attempt == 1 else f"{name}_{attempt}")
-        try:
+    others = [] if run_name else [f"{name}_{number}" for number in range(2, 1000)]
+    for one in (name, *others):
+        folder = output_dir / one
+        with suppress(FileExistsError):
             folder.mkdir()
             return folder
-        except FileExistsError:
-            if run_name:
-                break
     unfinished = (folder / "last.pt").exists() and not (folder / END_MARK).exists()
     way = f"Go on with it by --resume {folder}" if unfinished else "Remove it"
     raise ValueError(f"run_name {name!r} exists in {output_dir}. {way}, or give another name")
@@ -79,7 +77,7 @@ def find_run(resume: str, output_dir: Path) -> Path:
         unfinished = [p for p in output_dir.glob("*/last.pt") if not (p.parent / END_MARK).exists()]
         if not unfinished:
             raise FileNotFoundError(f"no unfinished run in {output_dir}. Leave resume out to start a new one")
-        return max(unfinished, key=_written_at).parent
+        return max(unfinished, key=os.path.getmtime).parent
     last = Path(resume) if Path(resume).name == "last.pt" else Path(resume, "last.pt")
     if not last.is_file():
         raise FileNotFoundError(f"no checkpoint at {last}. Give resume an existing run, or leave it out")
@@ -90,13 +88,8 @@ def newest_weights(output_dir: Path) -> Path:
     """The best.pt that was written last."""
     found = list(output_dir.glob("*/best.pt"))
     if not found:
-        train_first = "Train first (python train.py), or give weights a checkpoint"
-        raise FileNotFoundError(f"no {output_dir}/*/best.pt. {train_first}")
-    return max(found, key=_written_at)
-
-
-def _written_at(path: Path) -> int:
-    return path.stat().st_mtime_ns
+        raise FileNotFoundError(f"no {output_dir}/*/best.pt. Train first, or give weights a checkpoint")
+    return max(found, key=os.path.getmtime)
 
 
 def versions() -> dict[str, str]:
@@ -116,9 +109,9 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}" if abs(value) < 1e-3 else f"{value:.6f}"
-    return value
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.6g}" if abs(value) < 1e-3 else f"{value:.6f}"
 
 
 def score_columns(class_names: Sequence[str], scores: Any, loss: float) -> dict[str, float]:
@@ -135,11 +128,8 @@ def score_columns(class_names: Sequence[str], scores: Any, loss: float) -> dict[
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Columns in plain text: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = []
-    for first, *others in [header, *rows]:
-        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    line = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
+    return "\n".join(line.format(*cells) for cells in [header, *rows])
 
 
 def class_table(class_names: Sequence[str], scores: Any) -> str:
@@ -148,6 +138,12 @@ def class_table(class_names: Sequence[str], scores: Any) -> str:
     table.append(("mean", scores.mean_iou, scores.mean_dice, scores.mean_accuracy))
     rows = [[f"  {name}", *map(format_score, values)] for name, *values in table]
     return format_table(["  class", "IoU", "Dice", "accuracy"], rows)
+
+
+def mean_scores(scores: Any) -> str:
+    """The means of a confusion matrix's scores in words."""
+    names = ("mean IoU", "mean Dice", "pixel accuracy")
+    return ", ".join(f"{n} {format_score(getattr(scores, n.lower().replace(' ', '_')))}" for n in names)
 
 
 def format_score(value: float) -> str:
@@ -207,10 +203,8 @@ class Clock:
     def to(self, what: str) -> Iterator[None]:
         """Count the time of the block towards `what`."""
         start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(what, start)
+        yield
+        self.add(what, start)
 
     def add(self, what: str, start: float) -> None:
         """Count the time since `start` towards `what`."""
@@ -251,10 +245,8 @@ class Clock:
         """What to try where over a tenth of the time so far went to waiting for data; empty elsewhere."""
         if self.share("data") <= 0.1:
             return ""
-        return (
-            f". Data is waited for in {100 * self.share('data'):.0f} % of the time: try cache ram or disk, "
-            "more num_workers, or smaller picture files"
-        )
+        share = f"{100 * self.share('data'):.0f} % of the time"
+        return f". Data is waited for in {share}: try cache ram or disk, more num_workers, or smaller files"
 
 
 def multiply_adds(model: nn.Module, picture: Tensor) -> float:
@@ -273,10 +265,8 @@ def explain(error: Exception, device: torch.device, folder: Path | None, memory_
     first_line = str(error).split("\n")[0]
     if is_out_of_memory(error):
         weights = f" (from these weights: --init_from {folder / 'last.pt'})" if saved else ""
-        return (
-            f"out of memory on {device}, with a peak of {peak_memory(device) / 2**30:.1f} GiB. "
-            f"Free some, then {go_on}; or start anew{weights} with {memory_savers}"
-        )
+        peak = f"out of memory on {device}, with a peak of {peak_memory(device) / 2**30:.1f} GiB"
+        return f"{peak}. Free some, then {go_on}; or start anew{weights} with {memory_savers}"
     if is_lost(error):
         reason = first_line.split("] ", 1)[-1].split(". ")[0]  # without gloo's file and its good wishes
         return f"another process of this run has ended: {reason}. Mend what ended it, then {go_on}"

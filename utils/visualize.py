@@ -73,19 +73,8 @@ def colorize(ids: np.ndarray, palette: Palette, ignore_index: int | None = None)
 
 
 def mask_image(ids: np.ndarray, palette: Palette) -> Image.Image:
-    """Make the picture to save as a PNG: ids as palette indices up to 256 classes, as 16-bit grey above.
-
-    Raises:
-        ValueError: if an id does not fit, which would otherwise come back as another class.
-    """
-    wide = len(palette) > 256
-    limit = 65535 if wide else 255
-    if ids.size and (ids.min() < 0 or ids.max() > limit):
-        raise ValueError(
-            f"a mask of {len(palette)} classes holds ids 0..{limit}; got {ids.min()}..{ids.max()}. "
-            "Map ids outside the classes to ignore_index before saving."
-        )
-    if wide:
+    """Make the picture to save as a PNG: ids as palette indices up to 256 classes, as 16-bit grey above."""
+    if len(palette) > 256:
         return Image.fromarray(ids.astype(np.uint16))
     picture = Image.fromarray(ids.astype(np.uint8))
     # All 256 entries, so that PNG keeps eight bits a pixel and ids beyond the classes survive.
@@ -95,15 +84,12 @@ def mask_image(ids: np.ndarray, palette: Palette) -> Image.Image:
 
 
 def overlay(
-    image: np.ndarray, ids: np.ndarray, palette: Palette, alpha: float = 0.5, ignore_index: int | None = None
+    image: np.ndarray, ids: np.ndarray, palette: Palette, ignore_index: int | None = None
 ) -> Image.Image:
-    """Lay the classes' colours over a picture, with a line of full colour where two classes meet.
-
-    `alpha` is the share of the colour elsewhere, 0 to 1.
-    """
+    """Lay the classes' colours half over a picture, with a line of full colour where two classes meet."""
     picture = _rgb(image)
     line = max(1, round(min(ids.shape) / 400))
-    strength = np.full(ids.shape, round(256 * alpha), dtype=np.uint16)
+    strength = np.full(ids.shape, 128, dtype=np.uint16)  # of 256
     for near, far in ((np.s_[:, :-line], np.s_[:, line:]), (np.s_[:-line], np.s_[line:])):
         meets = ids[near] != ids[far]
         strength[near][meets] = strength[far][meets] = 256
@@ -145,10 +131,8 @@ def sample_panels(
         errors[counted & (truth != preds)] = WRONG
         errors[~counted] = IGNORED
         masks = [colorize(ids, classes.palette, classes.ignore_index) for ids in (truth, preds)]
-        lines += [
-            _tiles([_rgb(image), *masks, errors], tile_width),
-            _line(caption, lines[0].width, 12, FAINT),
-        ]
+        lines.append(_tiles([_rgb(image), *masks, errors], tile_width))
+        lines.append(_line(caption, lines[0].width, 12, FAINT))
     if legend:
         lines.append(_legend(classes, lines[0].width, 14, [truth for _, truth, *_ in rows]))
     return _join(lines, margin=(GAP, GAP))
@@ -334,21 +318,18 @@ def _font(size: int, bold: bool = False) -> Any:
 
 def _fitted(text: str, font: Any, width: float) -> str:
     """Cut a text to one line of so many pixels, with an ellipsis where it was longer."""
-    text = " ".join(str(text).split())
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    text = whole = " ".join(text.split())
+    while font.getlength(text) > width and text != "…":
+        whole = whole[:-1]
+        text = whole + "…"
+    return text
 
 
-def _line(
-    text: str, width: int, size: int, color: Any = INK, bold: bool = False, anchor: str = "l"
-) -> Image.Image:
-    """A strip of this width with one line of text, at its left (l) or right (r) end."""
+def _line(text: str, width: int, size: int, color=INK, bold=False, right=False) -> Image.Image:
+    """A strip of this width with one line of text, at its left or right end."""
     strip, font = Image.new("RGB", (width, round(1.5 * size)), "white"), _font(size, bold)
-    place = (width if anchor == "r" else 0, 0.75 * size)
-    ImageDraw.Draw(strip).text(place, _fitted(text, font, width), color, font, anchor=anchor + "m")
+    at, anchor = (width, "rm") if right else (0, "lm")
+    ImageDraw.Draw(strip).text((at, 0.75 * size), _fitted(text, font, width), color, font, anchor=anchor)
     return strip
 
 
@@ -397,8 +378,8 @@ def _heading(title: str, subtitle: str, scores: Any) -> Image.Image:
     parts = [_join([_line(title, WIDTH - 574, 32, bold=True), _line(subtitle, WIDTH - 574, 15, FAINT)])]
     for name in ("mean IoU", "mean Dice", "pixel accuracy"):
         value = getattr(scores, name.lower().replace(" ", "_"))
-        figure = _line("n/a" if math.isnan(value) else f"{value:.3f}", 162, 32, bold=True, anchor="r")
-        parts.append(_join([figure, _line(name, 162, 15, FAINT, anchor="r")]))
+        figure = _line("n/a" if math.isnan(value) else f"{value:.3f}", 162, 32, bold=True, right=True)
+        parts.append(_join([figure, _line(name, 162, 15, FAINT, right=True)]))
     return _join(parts, across=True, margin=(32, 16))
 
 
