@@ -155,14 +155,20 @@ class Config:
         """Refuse a data folder, a run or a file of weights that is not there, before anything slow."""
         if self.resume:
             if self.resume != "auto" and not Path(self.resume).exists():
-                raise FileNotFoundError(f"no run at {self.resume}. Give an existing one, or leave resume out")
+                raise FileNotFoundError(
+                    f"no run at {self.resume}. Give resume an existing run, or leave it out"
+                )
             return
         if not Path(self.data_root).expanduser().is_dir():
-            raise FileNotFoundError(f"data_root {self.data_root} is no folder. Give that of train/ and val/")
+            raise FileNotFoundError(
+                f"data_root {self.data_root} is not a folder. Give the folder that holds train/ and val/"
+            )
         for name in ("init_from", "pretrained"):
             path = getattr(self, name)
             if path not in (None, "none", "imagenet") and not Path(path).is_file():
-                raise FileNotFoundError(f"no file of weights at {path}. Give {name} an existing file")
+                raise FileNotFoundError(
+                    f"no file of weights at {path}. Give {name} the path of an existing file"
+                )
 
     def pick(self, *names: str) -> dict[str, Any]:
         """Some settings by name, to hand on as keyword arguments."""
@@ -249,17 +255,23 @@ class Config:
                     wanted = f"{low} or more" if high == inf else f"{low} to {high}"
                     raise ValueError(f"{name} must be {wanted}; got {value}")
         if min(self.image_size) < 32:
-            raise ValueError(f"image_size must be 32 pixels or more a side; got {self.image_size}")
+            raise ValueError(
+                f"image_size must be 32 pixels or more a side; got {self.image_size}. Give height and width"
+            )
         low, high = self.scale
         if not 0.1 <= low <= high <= 10:
-            raise ValueError(f"scale must be a low and a high zoom, 0.1 to 10; got {low} {high}. 1 1: off")
+            raise ValueError(
+                f"scale must be a low and a high zoom between 0.1 and 10; got {low} {high}. 1 1 turns it off"
+            )
 
     def _check_lengths(self) -> None:
         names, colors, weights = self.class_names, self.class_colors, self.class_weights
         for name, value in self.pick("class_names", "class_colors", "class_weights").items():
             if value not in (None, "auto") and len(value) != self.num_classes:
-                wanted = f"one entry for each of the {self.num_classes} classes"
-                raise ValueError(f"{name} must have {wanted}; got {len(value)}. Change it or num_classes")
+                raise ValueError(
+                    f"{name} must have one entry for each of the {self.num_classes} classes (num_classes); "
+                    f"got {len(value)}. Change it or num_classes, or leave it out (None)"
+                )
         if names and len(set(names)) < len(names):
             raise ValueError(f"class_names must differ from each other; got {', '.join(names)}")
         if colors and not all(0 <= value <= 255 for color in colors for value in color):
@@ -267,8 +279,10 @@ class Config:
         if isinstance(weights, tuple) and not (min(weights) >= 0 and sum(weights) > 0):
             raise ValueError(f"class_weights must not be negative, and not all 0; got {weights}")
         if 0 <= self.ignore_index < self.num_classes:
-            last, got = self.num_classes - 1, self.ignore_index
-            raise ValueError(f"ignore_index must be no class id (0 to {last}); got {got}. 255 is usual")
+            raise ValueError(
+                f"ignore_index must be no class id (0 to {self.num_classes - 1}); got {self.ignore_index}. "
+                "255 is usual; the first value after the classes is the other habit"
+            )
 
     def _check_pairs(self) -> None:
         """Refuse changed settings that the chosen model, loss, optimizer or schedule does not have."""
@@ -295,17 +309,27 @@ class Config:
             for name, value in self.pick(*names.split()).items():
                 default = getattr(type(self), name)
                 if value != default and chosen[choice] not in owners.split(", "):
-                    got = f"{value} with {chosen[choice]}"
-                    raise ValueError(f"{name} is for {owners} ({choice}); got {got}. Leave it at {default}")
+                    raise ValueError(
+                        f"{name} belongs to {owners} ({choice}); got {value} with {chosen[choice]}. "
+                        f"Leave it at {default}"
+                    )
         choices = BACKBONES[self.model][0] if self.model in BACKBONES else (self.backbone,)
         if self.backbone is not None and self.backbone not in choices:
-            known = ", ".join(choices)
-            raise ValueError(f"backbone of {self.model} must be one of {known}; got {self.backbone!r}")
+            raise ValueError(
+                f"backbone of {self.model} must be one of {', '.join(choices)}; got {self.backbone!r}"
+            )
         if self.model == "deeplabv3plus" and self.output_stride == 32:
-            raise ValueError("output_stride of deeplabv3plus must be 8 or 16; got 32. The paper has 16")
+            raise ValueError(
+                "output_stride of deeplabv3plus must be 8 or 16; got 32. Leave it out for the paper's 16"
+            )
         if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate must divide batch_size ({self.batch_size}); got {self.accumulate}")
+            raise ValueError(
+                f"accumulate must divide batch_size ({self.batch_size}); got {self.accumulate}. "
+                "It is the number of parts that a batch is computed in"
+            )
         if self.freeze_backbone and self.pretrained == "none" and not self.init_from:
-            raise ValueError("freeze_backbone needs weights worth keeping. Give pretrained or init_from")
+            raise ValueError(
+                "freeze_backbone needs weights worth keeping; got none. Give pretrained or init_from"
+            )
         if self.resume and self.init_from:
             raise ValueError("resume goes on with a run, init_from starts a new one; got both. Leave one out")

@@ -76,9 +76,12 @@ def test_a_saved_mask_gives_every_id_back(count, tmp_path):
         assert np.array_equal(np.asarray(mask), ids)
 
 
-def test_a_mask_keeps_ids_beyond_the_classes(tmp_path):
+def test_a_mask_keeps_ids_beyond_the_classes_and_refuses_what_does_not_fit(tmp_path):
     mask_image(np.array([[0, 1, 255]]), default_palette(2)).save(tmp_path / "mask.png")
     assert np.asarray(Image.open(tmp_path / "mask.png")).tolist() == [[0, 1, 255]]
+    for wrong in (256, -1):
+        with pytest.raises(ValueError, match=r"holds ids 0\.\.255; got .*ignore_index"):
+            mask_image(np.array([[0, wrong]]), default_palette(2))
 
 
 def test_overlay_mixes_colors_marks_borders_and_leaves_black_classes_alone():

@@ -120,8 +120,10 @@ def resumed_settings(
             continue
         if name in given:
             why = " and whose poly schedule plans to the last epoch" if name == "epochs" else ""
-            what = f"--{name} {value} contradicts the run to resume, which has {own}{why}"
-            raise Fail(f"{what}. Leave it out, or start a new run from its weights by --init_from")
+            raise Fail(
+                f"--{name} {value} contradicts the run to resume, which has {own}{why}. "
+                "Leave it out to go on, or start a new run from its weights by --init_from"
+            )
         if name != "run_name":
             print(f"  {name} stays {own}, as the run began (config.py says {value})")
     return replace(run, **{name: getattr(today, name) for name in allowed})

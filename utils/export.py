@@ -70,11 +70,15 @@ def check_target(path: Path) -> None:
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"export must end in .pt2 or .onnx; got {path}. The ending says which to write")
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
-        raise ValueError(f"export needs torch {oldest}; this is {torch.__version__}. Install a newer one")
+        oldest, found = ".".join(map(str, OLDEST_TORCH)), torch.__version__
+        raise ValueError(
+            f"export needs torch {oldest}, whose programs take any size; this is {found}. Install it"
+        )
     if path.suffix == ".onnx" and None in map(importlib.util.find_spec, ("onnx", "onnxscript")):
         install = "pip install onnx onnxscript onnxruntime"
-        raise ValueError(f"export to ONNX needs packages that are missing. {install}; or export to .pt2")
+        raise ValueError(
+            f"export to ONNX needs onnx and onnxscript, not both installed. {install}; or take .pt2"
+        )
     if path.exists():
         raise FileExistsError(f"export: {path} exists already. Remove it, or give another name")
     if not path.absolute().parent.is_dir():

@@ -73,8 +73,19 @@ def colorize(ids: np.ndarray, palette: Palette, ignore_index: int | None = None)
 
 
 def mask_image(ids: np.ndarray, palette: Palette) -> Image.Image:
-    """Make the picture to save as a PNG: ids as palette indices up to 256 classes, as 16-bit grey above."""
-    if len(palette) > 256:
+    """Make the picture to save as a PNG: ids as palette indices up to 256 classes, as 16-bit grey above.
+
+    Raises:
+        ValueError: if an id does not fit, which would otherwise come back as another class.
+    """
+    wide = len(palette) > 256
+    limit = 65535 if wide else 255
+    if ids.size and (ids.min() < 0 or ids.max() > limit):
+        raise ValueError(
+            f"a mask of {len(palette)} classes holds ids 0..{limit}; got {ids.min()}..{ids.max()}. "
+            "Map ids outside the classes to ignore_index before saving."
+        )
+    if wide:
         return Image.fromarray(ids.astype(np.uint16))
     picture = Image.fromarray(ids.astype(np.uint8))
     # All 256 entries, so that PNG keeps eight bits a pixel and ids beyond the classes survive.
