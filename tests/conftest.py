@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import contextmanager
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
@@ -77,11 +78,20 @@ def settings(data, tmp_path):
     return small_settings(data, tmp_path / "runs")
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
+@contextmanager
+def without_drawing():
     """For runs whose numbers alone are looked at: drawing takes half of their time."""
-    for name in ("draw_curves", "draw_report"):
-        monkeypatch.setattr(visualize, name, lambda *_, **__: Image.new("RGB", (1, 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_curves", "draw_report"):
+            patch.setattr(visualize, name, lambda *_, **__: Image.new("RGB", (1, 1)))
+        yield
+
+
+@pytest.fixture
+def undrawn():
+    """The same, for all runs of a test."""
+    with without_drawing():
+        yield
 
 
 @pytest.fixture

@@ -49,5 +49,6 @@ def _printing_to(log, call, arguments):
 
 def _door(words, folder):
     os.chdir(folder)
+    sys.path.insert(0, folder)  # where a door finds its rooms
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")

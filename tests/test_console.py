@@ -13,6 +13,7 @@ from utils import device, run, visualize
 from utils.run import Clock, format_time
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_log_file_has_the_table_the_epochs_and_the_scores_and_no_control_codes(settings, capfd):
     folder = train.main(settings(run_name="mine", epochs=3, val_every=2, class_names=("ground", "square")))
     out, err = capfd.readouterr()
@@ -37,6 +38,7 @@ def test_a_log_file_has_the_table_the_epochs_and_the_scores_and_no_control_codes
     assert re.search(shares, epochs[2])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_terminal_shows_bars_with_loss_rate_and_the_time_to_come(settings, monkeypatch):
     fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
     original = train.train_step
@@ -59,6 +61,7 @@ def test_a_terminal_shows_bars_with_loss_rate_and_the_time_to_come(settings, mon
     assert re.search(r"Epoch 1:  67%.* 4/6 \[\d\d:\d\d<\d\d:\d\d, +\d+\.\d+img/s, loss \d\.\d{4}\]", shown)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_waiting_for_data_brings_advice_at_once_and_at_the_end(settings, monkeypatch, capsys):
     original = Clock.add
 

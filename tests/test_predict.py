@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -294,10 +293,11 @@ def test_a_large_picture_takes_its_decoded_self_and_its_mask_and_little_more(arg
     given = args({"num_classes": 12, "base_channels": 1, "amp": "off"})
     picture = Image.radial_gradient("L").convert("RGB").resize((3000, 3000))
     picture.save(tmp_path / "l.png", compress_level=1)
-    command = [sys.executable, "-c", SCRIPT, given.weights, tmp_path / "l.png", tmp_path / "out", window]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split("lifted")[1]) < 250 * 2**20
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = [tmp_path / "script.py", given.weights, tmp_path / "l.png", tmp_path / "out", window]
+    code, printed, errors = doors.run(list(map(str, words)), ROOT, tmp_path / "log")
+    assert code == 0, errors
+    assert int(printed.split("lifted")[1]) < 250 * 2**20
     assert Image.open(tmp_path / "out" / "masks" / "l.png").size == (3000, 3000)
 
 

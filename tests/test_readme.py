@@ -174,10 +174,9 @@ def test_the_model_the_loss_and_the_format_that_the_readme_adds_train(copy):
     picture = copy / "mock_data" / "train" / "images" / "03.png"
     Image.open(picture).save(picture.with_suffix(".jp2"))
     picture.unlink()
-    done = in_a_shell(
-        "python train.py --model plain --loss brier --epochs 1 --image_size 64 --batch_size 20", copy
-    )
-    assert done.returncode == 0, done.stderr
+    command = "python train.py --model plain --loss brier --epochs 1 --image_size 64 --batch_size 20"
+    code, _, errors = run(command, copy)
+    assert code == 0, errors
 
 
 def test_every_file_that_the_readme_names_is_there():

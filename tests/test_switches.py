@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import write_pair
+from conftest import without_drawing, write_pair
 from torch import nn
 
 import train
@@ -54,7 +54,7 @@ def learn(tmp_path_factory):
         key = (again, *changes.items())
         if key not in kept:
             runs, original = [], train.start
-            with pytest.MonkeyPatch.context() as patch:
+            with pytest.MonkeyPatch.context() as patch, without_drawing():
                 patch.setattr(train, "start", lambda run: (runs.append(run), original(run)))
                 folder = train.main(dataclasses.replace(config, **changes))
             kept[key] = Learned(folder, runs[0])

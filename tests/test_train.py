@@ -15,6 +15,7 @@ import doors
 import numpy as np
 import pytest
 import torch
+from conftest import without_drawing
 from PIL import Image
 
 import train
@@ -135,7 +136,8 @@ def test_the_score_rises_on_squares_that_can_be_learned(settings):
 )
 def whole(request, kept_settings):
     """Settings, and the folder of a run with them that was not stopped."""
-    return request.param, train.main(kept_settings(run_name=None, **request.param))
+    with without_drawing():
+        return request.param, train.main(kept_settings(run_name=None, **request.param))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +160,7 @@ def test_a_stopped_and_resumed_run_ends_as_if_it_had_not_stopped(settings, monke
     ]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resume_auto_takes_the_newest_unfinished_run(settings, monkeypatch, capsys, finished):
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
@@ -171,6 +174,7 @@ def test_resume_auto_takes_the_newest_unfinished_run(settings, monkeypatch, caps
         train.main(settings(resume="auto"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resuming_refuses_a_finished_run_a_contradiction_and_changed_data(settings, monkeypatch, data):
     folder = train.main(settings())
     with pytest.raises(Fail, match="finished after 2 epochs"):
@@ -214,6 +218,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(s
     assert not (folder / "last.pt").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_early_stopping_ends_the_run_with_a_report(settings, capsys):
     folder = train.main(settings(epochs=50, early_stop=2, learning_rate=1e-9, warmup_steps=0))
     assert len(log_rows(folder)) < 50
@@ -221,6 +226,7 @@ def test_early_stopping_ends_the_run_with_a_report(settings, capsys):
     assert "stopped early" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_weights_of_another_run_are_taken_over_where_they_fit(settings, capsys, finished):
     train.main(settings(init_from=str(finished[1] / "best.pt"), num_classes=3))
     printed = capsys.readouterr().out
@@ -228,6 +234,7 @@ def test_weights_of_another_run_are_taken_over_where_they_fit(settings, capsys, 
     assert "(2, 4, 1, 1) there, (3, 4, 1, 1) here" in printed
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_one_run_name_is_one_run(settings, finished):
     with pytest.raises(Fail, match="'finished' exists"):
         train.main(finished[0])
