@@ -55,7 +55,7 @@ class DataReport:
         lines = []
         for split, pairs in (("train", self.train), ("val", self.val)):
             sizes = sorted({(pair.height, pair.width) for pair in pairs}, key=math.prod)
-            small, large = (f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
+            small, large = ("{} x {}".format(*size) for size in (sizes[0], sizes[-1]))
             size = small if len(sizes) == 1 else f"{len(sizes)} sizes from {small} to {large}"
             lines.append(f"{split}: {len(pairs)} pictures, {size}")
         lines.append(f"masks: {self.encoding.describe()}")
@@ -65,11 +65,9 @@ class DataReport:
             lines.append(f"  {name:{width}}  train {in_train:7.2%}  val {in_val:7.2%}")
         rarest = np.argmin(np.where(train > 0, train, np.inf))
         if train.max() > 20 * train[rarest]:
-            times, name = f"{train.max() / train[rarest]:.0f} times", self.class_names[rarest]
-            lines.append(
-                f"hint: the commonest class has {times} the pixels of {name}; loss joint or weighted_ce, or "
-                "class_weights auto, help rare classes"
-            )
+            times = f"{train.max() / train[rarest]:.0f} times the pixels of {self.class_names[rarest]}"
+            way = "loss joint or weighted_ce, or class_weights auto, help rare classes"
+            lines.append(f"hint: the commonest class has {times}; {way}")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
@@ -223,7 +221,7 @@ def _count_mask(file: Path, snap_to: list[int]) -> tuple[tuple[int, int], dict]:
     elif raw.ndim == 3:
         kind, raw = "colour", pack(raw)
     if raw.dtype == np.uint8:
-        counts = np.bincount(raw.ravel(), minlength=256)
+        counts = np.bincount(raw.ravel())
         keys = np.flatnonzero(counts)
         counts = counts[keys]
     else:
@@ -273,8 +271,8 @@ def _count_classes(mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, 
     elif strays:
         common, share = [raw for raw, _ in strays.most_common(64)], strays.total() / sum(stats.counts)
         if stats.damage or len(strays) > MANY_STRAYS:
-            near, _ = nearest(np.array(common), dict(encoding.table), colours)
-            near = ", ".join(raw_name(raw, colours) for raw in [*dict.fromkeys(near.tolist())][:4])
+            near = dict.fromkeys(nearest(np.array(common), dict(encoding.table), colours)[0].tolist())
+            near = ", ".join(raw_name(raw, colours) for raw in [*near][:4])
             finding = f"{len(strays)} stray values, {share:.2%} of pixels, near {near}: JPEG or smoothing"
             remedy = "export as PNG without smoothing, or set labels to snap"
             problems.add("lossy masks", mask, finding, remedy)
