@@ -292,10 +292,9 @@ def _doubtful_pictures(good: dict, found: dict) -> list[str]:
     train, val = ([pair.image for pair in good[split]] for split in SPLITS)
     content = {image: (found[image]["stamp"][0], found[image]["crc"]) for image in train + val}
     known = {content[image]: image for image in train}
-    both = [image for image in val if content[image] in known]
+    both = [f"{_name(known[content[image]])} is {_name(image)}" for image in val if content[image] in known]
     if both:
-        pair = f"{_name(known[content[both[0]]])} is {_name(both[0])}"
-        warnings.append(f"{len(both)} pictures are in train and val ({pair}, ...); scores will be too good")
+        warnings.append(f"{len(both)} pictures are in train and val ({both[0]} ...); scores will be too good")
     turned = [image for image in train + val if found[image]["orientation"] != 1]
     hidden = [i for i in turned if found[i]["orientation"] < 5 or len(set(found[i]["size"])) == 1]
     if hidden:
