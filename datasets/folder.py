@@ -44,7 +44,7 @@ class SegmentationDataset:
     ignore_index: int = 255  # the id of what lies outside a picture
     augmentation: Augmentation = NO_MOVES  # resize crop draws its window all the same
     seed: int = 0  # of the moves
-    evaluation: bool = False  # made for `evaluation_item`: a cache keeps masks at their own size
+    evaluation: bool = False  # made for `evaluation_item` alone, not for `batch`: masks keep their own size
     threads: int | None = None  # that make a batch; None: as many as torch uses; a loader's workers use one
     cache: SampleCache | None = field(default=None, init=False)
 
@@ -61,6 +61,7 @@ class SegmentationDataset:
 
     def batch(self, keys) -> tuple[torch.Tensor, torch.Tensor]:
         """Training samples of (epoch, index) keys: images (N, C, h, w) uint8, masks (N, h, w)."""
+        assert not self.evaluation
         size = self.image_size
         images = np.empty((len(keys), self.in_channels, *size), np.uint8)
         masks = np.empty((len(keys), *size), self.encoding.dtype)
@@ -68,8 +69,6 @@ class SegmentationDataset:
         def make(position: int) -> None:
             epoch, index = keys[position]
             image, mask = self._source(index)
-            if self.evaluation:
-                mask = fit_mask(mask, size, self.resize, self.ignore_index)
             move = self.augmentation.draw(generator_for(self.seed, epoch, index), mask.shape, size)
             apply_move(image, mask, move, images[position], masks[position], self.ignore_index)
 
@@ -86,7 +85,8 @@ class SegmentationDataset:
         Returns:
             (image as the network sees it, uint8 (C, h, w); where it lies; ids (H, W) at the mask's own size)
         """
-        image, mask = self._source(index) if self.evaluation else self._read(index, evaluation=True)
+        assert self.evaluation
+        image, mask = self._source(index)
         pair = self.pairs[index]
         box = place((pair.height, pair.width), self.image_size, self.resize)
         image = torch.from_numpy(np.moveaxis(image, 2, 0).copy())
@@ -127,7 +127,7 @@ class SegmentationDataset:
         """Image (h, w, C) and ids before the random moves, from the cache where it has them."""
         entry = self.cache.get(index) if self.cache is not None else None
         if entry is None:
-            image, mask = self._read(index, self.evaluation)
+            image, mask = self._read(index)
             if self.cache is not None:
                 self.cache.put(index, [image, mask])
             return image, mask
@@ -135,7 +135,7 @@ class SegmentationDataset:
         cut = math.prod(image)
         return entry[:cut].reshape(image), entry[cut:].view(self._stored).reshape(mask)
 
-    def _read(self, index: int, evaluation: bool) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The same from the files."""
         pair = self.pairs[index]
         native = (pair.height, pair.width)
@@ -144,14 +144,12 @@ class SegmentationDataset:
         try:
             if (box.original_height, box.original_width) != native or mask.shape[:2] != native:
                 raise ValueError(f"is {mask.shape}, its picture {box}; {native} wanted.")
-            if evaluation:
+            if self.evaluation:
                 mask = self.encoding.encode(mask)
             else:
                 mask = fit_mask(mask, self.image_size, self.resize, self.ignore_index, self.encoding.encode)
         except ValueError as error:
-            raise DataError(
-                f"{pair.mask}: {error} A file changed since it was checked; start again."
-            ) from None
+            raise DataError(f"{pair.mask}: {error} A file changed since the check; start again.") from None
         return image, mask.astype(self._stored)
 
     def _map(self, function, items, threads: int | None):

@@ -184,12 +184,8 @@ def nearest(raws: np.ndarray, known, colours: bool) -> tuple[np.ndarray, np.ndar
         return raws[:, None] >> [16, 8, 0] & 255 if colours else raws[:, None]
 
     raws, known = raws.astype(np.int64), np.array(list(known), np.int64)
-    found, distance = raws.copy(), np.full(len(raws), np.inf)
-    for raw, point in zip(known, points(known), strict=True):
-        apart = np.linalg.norm(points(raws) - point, axis=1)
-        found[apart < distance] = raw
-        distance = np.minimum(distance, apart)
-    return np.where(raws == UNKNOWN, raws, found), distance
+    apart = np.array([np.linalg.norm(points(raws) - point, axis=1) for point in points(known)])
+    return np.where(raws == UNKNOWN, raws, known[apart.argmin(0)]), apart.min(0)
 
 
 def raw_name(raw: int, colours: bool) -> str:
@@ -203,12 +199,9 @@ def _some(names: list, most: int = SHOWN) -> str:
 
 def listing(counts: Counter, colours: bool, total: int = 0) -> str:
     """'value 7 (12 px)' or, by their share of a total, 'values 7 (3.1%), 9 (0.2%) and 5 more'."""
-    named = [
-        f"{raw_name(raw, colours)} ({f'{count / total:.1%}' if total else f'{count} px'})"
-        for raw, count in counts.most_common()
-    ]
-    kind = "colour" if colours else "value"
-    return f"{kind}{'s' * (len(named) > 1)} {_some(named)}"
+    sizes = ((raw, f"{count / total:.1%}" if total else f"{count} px") for raw, count in counts.most_common())
+    named = [f"{raw_name(raw, colours)} ({size})" for raw, size in sizes]
+    return f"{'colour' if colours else 'value'}{'s' * (len(named) > 1)} {_some(named)}"
 
 
 @dataclass
@@ -247,14 +240,12 @@ def choose_encoding(
     try:
         return _choose(masks, counts, colours, num_classes, ignore_index, wanted, pack_all(class_colors))
     except ValueError as error:
-        common = sorted(raw for raw, _ in counts.most_common(num_classes))
-        ids = {raw: i for i, raw in enumerate(common)}
-        rows = sorted(raw for raw, _ in counts.most_common(num_classes + 4))
-        start = ",".join(f"{raw_name(raw, colours)}={ids.get(raw, 'ignore')}" for raw in rows)
-        held = listing(counts, colours, counts.total())
-        raise ValueError(
-            f"{error} The masks hold {held}; a map to start from: labels '{'snap:' * wanted.snap}{start}'."
-        ) from None
+        common = [raw for raw, _ in counts.most_common(num_classes + 4)]
+        ids = {raw: i for i, raw in enumerate(sorted(common[:num_classes]))}
+        start = ",".join(f"{raw_name(raw, colours)}={ids.get(raw, 'ignore')}" for raw in sorted(common))
+        held, snap = listing(counts, colours, counts.total()), "snap:" * wanted.snap
+        message = f"{error} The masks hold {held}; a map to start from: labels '{snap}{start}'."
+        raise ValueError(message) from None
 
 
 def _choose(
@@ -298,10 +289,9 @@ def _choose(
     snap = wanted.snap and kind not in ("indices", "palette")  # between ids that lie 1 apart nothing is near
     encoding = Encoding(kind, num_classes, ignore_index, tuple(rows), snap, palette)
     if snap:
-        raws = np.array(list(counts))
-        far = raws[nearest(raws, dict(rows), colours)[1] > NEAR].tolist()
-        large = Counter({raw: counts[raw] for raw in far if counts[raw] > RARE * counts.total()})
-        if large:  # damage is near, or rare
+        common = np.array([raw for raw, count in counts.items() if count > RARE * counts.total()])
+        far = common[nearest(common, dict(rows), colours)[1] > NEAR].tolist()
+        if large := Counter({raw: counts[raw] for raw in far}):  # damage is near, or rare
             raise ValueError(
                 f"{listing(large, colours, counts.total())}: too common and too far from every declared "
                 "value to be damage. Declare them in labels, as a class or ignore."

@@ -11,20 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .reading import (
-    _count_pages,
-    _damage,
-    _mask_values,
-    _naming,
-    _npy,
-    _open,
-    _orientation,
-    _to_channels,
-    _upright,
-    load_fitted,
-    read_image,
-    read_mask,
-)
+from . import reading
+from .reading import load_fitted, read_image, read_mask
 from .transforms import Box, fit, place, resize_image
 
 STEP = 64  # rows that are converted at a time
@@ -39,11 +27,11 @@ def picture_size(path) -> tuple[int, int]:
         DataError: unreadable or too large; the message names the file.
     """
     path = Path(path)
-    with _naming(path):
+    with reading._naming(path):
         if path.suffix.lower() == ".npy":
-            return _npy(path).shape[:2]
-        with _open(path) as picture:
-            return picture.size if _orientation(picture) >= 5 else picture.size[::-1]
+            return reading._npy(path).shape[:2]
+        with reading._open(path) as picture:
+            return picture.size if reading._orientation(picture) >= 5 else picture.size[::-1]
 
 
 class LargePicture:
@@ -68,18 +56,17 @@ class LargePicture:
         self._picture = self._array = None
 
     def __enter__(self):
-        with _naming(self.path):
-            picture = None
+        with reading._naming(self.path):
             if self.path.suffix.lower() != ".npy":
-                picture = _open(self.path)
+                picture = reading._open(self.path)
                 self._look_at(picture)
-            if picture is None or _count_pages(picture) > 1:
-                self._array = self._whole()
-                self.size = self._array.shape[:2]
-            else:
-                self._is_jpeg = picture.format in ("JPEG", "MPO")
-                self._picture = _upright(picture)
-                self.size = self._picture.size[::-1]
+                if reading._count_pages(picture) == 1:
+                    self._is_jpeg = picture.format in ("JPEG", "MPO")
+                    self._picture = reading._upright(picture)
+                    self.size = self._picture.size[::-1]
+                    return self
+            self._array = self._whole()
+            self.size = self._array.shape[:2]
         return self
 
     def __exit__(self, *_):
@@ -92,7 +79,7 @@ class LargePicture:
         if self._array is not None:
             return self._array[top:bottom]
         cuts = [(0, at, self.size[1], min(bottom, at + STEP)) for at in range(top, bottom, STEP)]
-        with _naming(self.path):
+        with reading._naming(self.path):
             return np.concatenate([self._convert(self._picture.crop(cut)) for cut in cuts])
 
     def strips(self, step: int = 0) -> Iterator[tuple[int, np.ndarray]]:
@@ -109,7 +96,7 @@ class LargePicture:
         picture = self._picture
         if picture and (picture.mode, self.in_channels) in AS_IS and "transparency" not in picture.info:
             resized = picture.resize((box.width, box.height), Image.Resampling.BILINEAR)
-            small = _to_channels(resized, self.in_channels)
+            small = reading._to_channels(resized, self.in_channels)
         else:
             narrow = [resize_image(strip, (len(strip), box.width)) for _, strip in self.strips()]
             small = resize_image(np.concatenate(narrow), (box.height, box.width))
@@ -129,7 +116,7 @@ class LargePicture:
         return read_image(self.path, self.in_channels)
 
     def _convert(self, part: Image.Image) -> np.ndarray:
-        return _to_channels(part, self.in_channels)
+        return reading._to_channels(part, self.in_channels)
 
 
 class LargeMask(LargePicture):
@@ -148,10 +135,10 @@ class LargeMask(LargePicture):
         self.as_colours, self.damage = as_colours, ""
 
     def _look_at(self, picture: Image.Image) -> None:
-        self.damage = _damage(picture, self.path)
+        self.damage = reading._damage(picture, self.path)
 
     def _whole(self) -> np.ndarray:
         return read_mask(self.path, self.as_colours)
 
     def _convert(self, part: Image.Image) -> np.ndarray:
-        return _mask_values(part, self.as_colours)
+        return reading._mask_values(part, self.as_colours)

@@ -58,8 +58,7 @@ def pair_split(
     stems = []
     for each in (folder / "images", folder / "masks"):
         if not each.is_dir():
-            remedy = "the layout is data_root/{train,val}/{images,masks}"
-            problems.add("no such folder", each, "is not a folder", remedy)
+            problems.add("no folder", each, "is missing", "lay out data_root/{train,val}/{images,masks}")
             continue
         files = list_pictures(each)
         if not files:
@@ -77,13 +76,13 @@ def pair_split(
     images, masks = stems
     wanted = {stem + mask_suffix: path for stem, path in images.items()}
     suffix = _likely_suffix(images, masks, wanted)
-    hint = f"set mask_suffix to '{suffix}'" if suffix is not None else ""
+    remedy = "add the missing file, or remove this one"
+    if suffix is not None:
+        remedy = f"set mask_suffix to '{suffix}'"
     for stem in [stem for stem in wanted if stem not in masks]:
-        remedy = hint or "add the mask, or remove the picture"
         problems.add("no mask", wanted[stem], f"no masks/{stem}.*", remedy)
     for stem in [stem for stem in masks if stem not in wanted]:
-        lacks = f"no images/{stem.removesuffix(mask_suffix)}.*"
-        problems.add("no picture", masks[stem], lacks, hint or "add the picture, or remove the mask")
+        problems.add("no picture", masks[stem], f"no images/{stem.removesuffix(mask_suffix)}.*", remedy)
     return [(image, masks[stem]) for stem, image in wanted.items() if stem in masks]
 
 
@@ -107,8 +106,7 @@ def pair_truth(images: list[Path], truth_folder, mask_suffix: str, encoding: Enc
     problems.raise_any()
     chosen = [masks[image.stem + mask_suffix] for image in images]
     for image, mask in zip(images, chosen, strict=True):
-        finding = _truth_problem(image, mask, encoding)
-        if finding:
+        if finding := _truth_problem(image, mask, encoding):
             problems.add("mask", mask, finding, "give the masks of these pictures, encoded as in training")
     problems.raise_any()
     return chosen
@@ -128,10 +126,7 @@ def _truth_problem(image: Path, path: Path, encoding: Encoding) -> str | None:
         size = picture_size(image)
     except (DataError, OSError):
         return None
-    if size == mask.size:
-        return None
-    (height, width), (high, wide) = mask.size, size
-    return f"is {height} x {width}, its picture {high} x {wide}"
+    return None if size == mask.size else "is {} x {}, its picture {} x {}".format(*mask.size, *size)
 
 
 def _by_stem(files: list[Path], problems: Problems, kind: str) -> dict[str, Path]:

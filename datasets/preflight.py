@@ -55,7 +55,7 @@ class DataReport:
         lines = []
         for split, pairs in (("train", self.train), ("val", self.val)):
             sizes = sorted({(pair.height, pair.width) for pair in pairs}, key=math.prod)
-            small, large = (f"{height} x {width}" for height, width in (sizes[0], sizes[-1]))
+            small, large = ("{} x {}".format(*size) for size in (sizes[0], sizes[-1]))
             size = small if len(sizes) == 1 else f"{len(sizes)} sizes from {small} to {large}"
             lines.append(f"{split}: {len(pairs)} pictures, {size}")
         lines.append(f"masks: {self.encoding.describe()}")
@@ -65,11 +65,9 @@ class DataReport:
             lines.append(f"  {name:{width}}  train {in_train:7.2%}  val {in_val:7.2%}")
         rarest = np.argmin(np.where(train > 0, train, np.inf))
         if train.max() > 20 * train[rarest]:
-            times, name = f"{train.max() / train[rarest]:.0f} times", self.class_names[rarest]
-            lines.append(
-                f"hint: the commonest class has {times} the pixels of {name}; loss joint or weighted_ce, or "
-                "class_weights auto, help rare classes"
-            )
+            times = f"{train.max() / train[rarest]:.0f} times the pixels of {self.class_names[rarest]}"
+            way = "loss joint or weighted_ce, or class_weights auto, help rare classes"
+            lines.append(f"hint: the commonest class has {times}; {way}")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
@@ -114,12 +112,10 @@ def check_data(
     snap_to = sorted(set(declared)) if wanted.snap else []
     setup = hashlib.sha256(json.dumps([VERSION, str(root.resolve()), in_channels, snap_to]).encode())
     memory = Path(cache_dir, f"check-{setup.hexdigest()[:16]}.json") if cache_dir else None
-    names = {file: "/".join(file.parts[-3:]) for split in SPLITS for pair in pairs[split] for file in pair}
-    found = _look_at(names, memory, in_channels, snap_to, progress)
-    good = {
-        split: [pair for files in pairs[split] if (pair := _match(*files, found, problems))]
-        for split in SPLITS
-    }
+    files = [file for split in SPLITS for pair in pairs[split] for file in pair]
+    found = _look_at(files, memory, in_channels, snap_to, progress)
+    matched = {split: [_match(*pair, found, problems) for pair in pairs[split]] for split in SPLITS}
+    good = {split: [pair for pair in matched[split] if pair] for split in SPLITS}
     masks = {pair.mask: MaskStats(**found[pair.mask]["stats"]) for split in SPLITS for pair in good[split]}
     if not masks:
         problems.raise_any()
@@ -132,14 +128,12 @@ def check_data(
     raws = np.array(list({raw for mask in masks.values() for raw in mask.read_as(encoding.as_colours)}))
     ids = dict(zip(raws.tolist(), encoding.lookup(raws).tolist(), strict=True))
     counts = {
-        split: np.array(
-            [_count_classes(pair.mask, masks[pair.mask], encoding, ids, problems) for pair in good[split]]
-        )
+        split: np.array([_count_classes(p.mask, masks[p.mask], encoding, ids, problems) for p in good[split]])
         for split in SPLITS
     }
     problems.raise_any()
     if memory and not memory.exists():
-        _remember(memory, names, found)
+        _remember(memory, found)
     class_names = list(class_names or (f"class {i}" for i in range(num_classes)))
     for split, does in zip(SPLITS, ("learned", "scored"), strict=True):
         absent = [class_names[i] for i in np.flatnonzero(counts[split].sum(0) == 0)]
@@ -151,20 +145,18 @@ def check_data(
         encoding=encoding,
         class_pixels={split: counts[split].sum(0) for split in SPLITS},
         class_image_pixels=((in_train > 0) * in_train.sum(1, keepdims=True)).sum(0),
-        fingerprint=_fingerprint(good, names, found, encoding),
-        warnings=warnings + doubts + _doubtful_pictures(good, names, found),
+        fingerprint=_fingerprint(good, found, encoding),
+        warnings=warnings + doubts + _doubtful_pictures(good, found),
         class_names=class_names,
     )
 
 
-def _look_at(names: dict[Path, str], memory: Path | None, in_channels, snap_to, progress) -> dict[Path, dict]:
+def _look_at(files: list[Path], memory: Path | None, in_channels, snap_to, progress) -> dict[Path, dict]:
     """What there is to know of each file, from memory where size and time are as they were."""
-    stamps = {file: _stamp(file) for file in names}
+    stamps = {file: _stamp(file) for file in files}
     known = _recall(memory)
-    found = {
-        file: known[name] for file, name in names.items() if known.get(name, {}).get("stamp") == stamps[file]
-    }
-    todo = [file for file in names if file not in found]
+    found = {file: known.get(_name(file), {}) for file in files}
+    todo = [file for file in files if found[file].get("stamp") != stamps[file]]
 
     def look(file: Path) -> tuple[Path, dict]:
         return file, {"stamp": stamps[file], **_scan(file, in_channels, snap_to)}
@@ -174,8 +166,13 @@ def _look_at(names: dict[Path, str], memory: Path | None, in_channels, snap_to, 
             results = pool.imap(look, todo)
             found.update(progress(results, len(todo), "checking data") if progress else results)
         if memory and memory.parent.exists():  # data that is refused makes no folder
-            _remember(memory, names, found)
+            _remember(memory, found)
     return found
+
+
+def _name(file: Path) -> str:
+    """By which a file is known wherever the data lies: train/images/0.jpg."""
+    return "/".join(file.parts[-3:])
 
 
 def _stamp(file: Path) -> list[int]:
@@ -192,9 +189,9 @@ def _recall(memory: Path | None) -> dict[str, dict]:
         return {}
 
 
-def _remember(memory: Path, names: dict[Path, str], found: dict[Path, dict]) -> None:
+def _remember(memory: Path, found: dict[Path, dict]) -> None:
     """Half a file is as good as none; without room or right to write, the next start only takes longer."""
-    entries = {names[file]: seen for file, seen in found.items() if "error" not in seen}
+    entries = {_name(file): seen for file, seen in found.items() if "error" not in seen}
     with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
         memory.write_text(json.dumps(entries, separators=(",", ":")), encoding="utf-8")
@@ -224,7 +221,7 @@ def _count_mask(file: Path, snap_to: list[int]) -> tuple[tuple[int, int], dict]:
     elif raw.ndim == 3:
         kind, raw = "colour", pack(raw)
     if raw.dtype == np.uint8:
-        counts = np.bincount(raw.ravel(), minlength=256)
+        counts = np.bincount(raw.ravel())
         keys = np.flatnonzero(counts)
         counts = counts[keys]
     else:
@@ -254,9 +251,8 @@ def _match(image: Path, mask: Path, found: dict, problems: Problems) -> Pair | N
         return Pair(image, mask, *size, stamp=(*found[image]["stamp"], *found[mask]["stamp"]))
     finding, remedy = "mask {} x {}, picture {} x {}".format(*other, *size), "make them one size"
     if size == other[::-1]:
-        by_tag = found[image]["orientation"] >= 5
-        finding += ", which its EXIF tag turned" if by_tag else ": one of them is turned"
-        remedy = "turn the mask as viewers show the picture" if by_tag else "turn one of them"
+        finding += ": one of them is turned"
+        remedy = "turn the mask as viewers, which heed EXIF tags, show the picture"
     problems.add("sizes differ", mask, finding, remedy)
     return None
 
@@ -275,10 +271,9 @@ def _count_classes(mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, 
     elif strays:
         common, share = [raw for raw, _ in strays.most_common(64)], strays.total() / sum(stats.counts)
         if stats.damage or len(strays) > MANY_STRAYS:
-            near, _ = nearest(np.array(common), dict(encoding.table), colours)
-            near = ", ".join(raw_name(raw, colours) for raw in [*dict.fromkeys(near.tolist())][:4])
-            many = f"{len(strays)} or more" if len(stats.keys) == MOST_KEYS else len(strays)
-            finding = f"{many} stray values, {share:.2%} of pixels, near {near}: JPEG or smoothing"
+            near = dict.fromkeys(nearest(np.array(common), dict(encoding.table), colours)[0].tolist())
+            near = ", ".join(raw_name(raw, colours) for raw in [*near][:4])
+            finding = f"{len(strays)} stray values, {share:.2%} of pixels, near {near}: JPEG or smoothing"
             remedy = "export as PNG without smoothing, or set labels to snap"
             problems.add("lossy masks", mask, finding, remedy)
         else:
@@ -291,16 +286,15 @@ def _count_classes(mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, 
     return counts
 
 
-def _doubtful_pictures(good: dict, names: dict, found: dict) -> list[str]:
+def _doubtful_pictures(good: dict, found: dict) -> list[str]:
     """Warnings of pictures in both splits, and of those that EXIF turns without a change of size."""
     warnings = []
     train, val = ([pair.image for pair in good[split]] for split in SPLITS)
     content = {image: (found[image]["stamp"][0], found[image]["crc"]) for image in train + val}
     known = {content[image]: image for image in train}
-    both = [image for image in val if content[image] in known]
+    both = [f"{_name(known[content[image]])} is {_name(image)}" for image in val if content[image] in known]
     if both:
-        pair = f"{names[known[content[both[0]]]]} is {names[both[0]]}"
-        warnings.append(f"{len(both)} pictures are in train and val ({pair}, ...); scores will be too good")
+        warnings.append(f"{len(both)} pictures are in train and val ({both[0]} ...); scores will be too good")
     turned = [image for image in train + val if found[image]["orientation"] != 1]
     hidden = [i for i in turned if found[i]["orientation"] < 5 or len(set(found[i]["size"])) == 1]
     if hidden:
@@ -311,11 +305,11 @@ def _doubtful_pictures(good: dict, names: dict, found: dict) -> list[str]:
     return warnings
 
 
-def _fingerprint(good: dict, names: dict, found: dict, encoding: Encoding) -> dict[str, str]:
+def _fingerprint(good: dict, found: dict, encoding: Encoding) -> dict[str, str]:
     """Changes with any name, content or meaning; not with the folder's place or the files' times."""
     parts = {"mask encoding": json.dumps(encoding.to_dict(), sort_keys=True)}
     for split, part in zip(SPLITS, ("training files", "validation files"), strict=True):
         files = [file for pair in good[split] for file in (pair.image, pair.mask)]
-        lines = (f"{names[file]}|{found[file]['stamp'][0]}|{found[file]['crc']}\n" for file in files)
+        lines = (f"{_name(file)}|{found[file]['stamp'][0]}|{found[file]['crc']}\n" for file in files)
         parts[part] = "".join(lines)
     return {part: hashlib.sha256(text.encode()).hexdigest()[:32] for part, text in parts.items()}

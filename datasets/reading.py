@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 
 from .transforms import Box, fit, place
 
@@ -224,9 +224,7 @@ def _to_channels(picture: Image.Image, in_channels: int) -> np.ndarray:
     channels = len(picture.getbands())
     if channels != in_channels:
         if in_channels not in (1, 3, 4):
-            raise DataError(
-                f"has {channels} channels; in_channels is {in_channels}. Save it as .npy (H, W, C)."
-            )
+            raise DataError(f"has {channels} channels, wanted {in_channels}. Save it as .npy (H, W, C).")
         if picture.mode == "RGBA":
             black = Image.new("RGB", picture.size)
             black.paste(picture, mask=picture)
@@ -249,13 +247,8 @@ def _to_bytes(array: np.ndarray) -> np.ndarray:
 def _pages(picture: Image.Image, in_channels: int) -> np.ndarray:
     """A file with one grey page a channel."""
     if picture.n_frames != in_channels:
-        raise DataError(
-            f"holds {picture.n_frames} pages; wanted 1, or a grey one for each of {in_channels} channels."
-        )
-    bands = []
-    for page in range(in_channels):
-        picture.seek(page)
-        bands.append(_to_bytes(np.asarray(picture)))
+        raise DataError(f"holds {picture.n_frames} pages; wanted 1, or a grey one a channel ({in_channels}).")
+    bands = [_to_bytes(np.asarray(page)) for page in ImageSequence.Iterator(picture)]
     if bands[0].ndim != 2 or len({band.shape for band in bands}) > 1:
         raise DataError("has pages that are not grey pictures of one size. Save each picture alone.")
     return np.stack(bands, axis=2)

@@ -136,8 +136,7 @@ class Augmentation:
             matrix = (zoom(scale, corner) @ turn @ flip(flips, output))[:2]
         spread = self.color_jitter
         colour = tuple(1 + spread * (2 * value - 1) for value in u[6:9]) if spread else None
-        box, to_box = (top, left, height, width), (to_top, to_left, to_height, to_width)
-        return Move(box, to_box, flips, matrix, colour)
+        return Move((top, left, height, width), (to_top, to_left, to_height, to_width), flips, matrix, colour)
 
 
 def _window(source: int, output: int, scale: float, at: float) -> tuple[int, int, int, int]:

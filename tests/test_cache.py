@@ -42,15 +42,18 @@ def test_samples_are_equal_with_and_without_a_cache(tmp_path, resize, setting, e
     plain = dataset_of(pairs, resize=resize, evaluation=evaluation)
     cached = dataset_of(pairs, resize=resize, evaluation=evaluation)
     cached.use_cache(setting, tmp_path / "cache")
-    expected, items = plain.batch(KEYS), [plain.evaluation_item(i) for i in range(4)]
-    assert equal(cached.batch(KEYS), expected)  # filled as it is used
-    if evaluation:
+    if not evaluation:
+        expected = plain.batch(KEYS)
+        assert equal(cached.batch(KEYS), expected)  # filled as it is used
         forget(pairs)
+        assert equal(cached.batch(KEYS), expected)
+        return
+    items = [plain.evaluation_item(i) for i in range(4)]
+    for _ in range(2):
         for item, again in zip(items, map(cached.evaluation_item, range(4)), strict=True):
             assert torch.equal(item[0], again[0]) and item[1] == again[1] and torch.equal(item[2], again[2])
-    else:
-        forget(pairs)
-    assert equal(cached.batch(KEYS), expected)
+        if pairs[0].image.exists():
+            forget(pairs)
 
 
 def test_ids_that_need_more_than_a_byte_are_kept(tmp_path):

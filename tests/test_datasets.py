@@ -221,7 +221,7 @@ def test_small_cached_samples_need_no_thread(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("resize", ["stretch", "letterbox", "crop"])
 def test_evaluation_gives_the_whole_picture_and_the_mask_at_its_own_size(tmp_path, resize):
-    dataset = make_dataset(tmp_path, resize=resize)
+    dataset = make_dataset(tmp_path, resize=resize, evaluation=True)
     for index, pair in enumerate(dataset.pairs):
         image, box, truth = dataset.evaluation_item(index)
         assert truth.shape == (pair.height, pair.width) == (box.original_height, box.original_width)

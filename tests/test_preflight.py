@@ -603,9 +603,8 @@ def test_odd_data_gives_the_right_labels(root, what):
     assert [part for part in report.warnings if warning is None or warning not in part] == []
     assert bool(report.warnings) == (warning is not None)
     ignore_index = settings.get("ignore_index", 255)
-    dataset = SegmentationDataset(
-        report.train, encoding=report.encoding, image_size=SIZE, ignore_index=ignore_index, threads=1
-    )
+    how = {"encoding": report.encoding, "image_size": SIZE, "ignore_index": ignore_index, "evaluation": True}
+    dataset = SegmentationDataset(report.train, threads=1, **how)
     image, box, truth = dataset.evaluation_item(0)
     assert np.array_equal(truth.numpy(), np.asarray(ids).astype(truth.numpy().dtype))
     assert image.shape == (3, *SIZE) and (box.original_height, box.original_width) == np.asarray(ids).shape
