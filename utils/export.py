@@ -100,10 +100,9 @@ def export(
     network = Exportable(model, mean, std).eval()
     folded = Exportable(fold_batch_norm(copy.deepcopy(model), len(mean)), mean, std).eval()
     if path.suffix == ".onnx":
-        for stage in folded.modules():
-            for name, child in list(stage.named_children()):
-                if isinstance(child, nn.AdaptiveAvgPool2d) and child.output_size != 1:
-                    setattr(stage, name, PooledByProducts(child.output_size))
+        for name, module in list(folded.named_modules()):
+            if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size != 1:
+                folded.set_submodule(name, PooledByProducts(module.output_size))
     dim = torch.export.Dim
     shapes = {"images": {0: dim("batch"), 2: dim("height", min=33), 3: dim("width", min=33)}}
     example = (torch.zeros(2, len(mean), 64, 96, dtype=torch.uint8),)

@@ -181,17 +181,15 @@ def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
 
     Which belongs to which is seen by running the model once: a norm whose input is a convolution's output.
     """
-    made_by: dict[int, nn.Module] = {}
-    alive: list[Tensor] = []  # an id may be given anew once its tensor is gone
+    made_by: dict[int, tuple[nn.Module, Tensor]] = {}  # with the tensor, whose id is else given anew
     pairs: list[tuple[nn.Module, nn.Module]] = []
 
     def watch_conv(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-        made_by[id(output)] = module
-        alive.append(output)
+        made_by[id(output)] = module, output
 
     def watch_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if id(inputs[0]) in made_by:
-            pairs.append((made_by[id(inputs[0])], module))
+            pairs.append((made_by[id(inputs[0])][0], module))
 
     handles = []
     for module in model.modules():
@@ -203,15 +201,12 @@ def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
         model(torch.zeros(1, in_channels, 64, 64, device=next(model.parameters()).device))
     for handle in handles:
         handle.remove()
+    names = {module: name for name, module in model.named_modules()}
     for conv, norm in pairs:
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-    folded = {norm for _, norm in pairs}
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if child in folded:
-                setattr(module, name, nn.Identity())
+        model.set_submodule(names[norm], nn.Identity())
     return model.requires_grad_(False)
 
 

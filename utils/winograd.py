@@ -57,11 +57,8 @@ class WinogradConv2d(nn.Module):
 
 def use_winograd(model: nn.Module) -> None:
     """Replace, in place, those convolutions of a network that give the same map by it and gain."""
-    for module in list(model.modules()):
-        for name, conv in list(module.named_children()):
-            if type(conv) is nn.Conv2d and (
-                (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-                == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-                and min(conv.in_channels, conv.out_channels) >= FEWEST_CHANNELS
-            ):
-                setattr(module, name, WinogradConv2d(conv))
+    for name, conv in list(model.named_modules()):
+        if type(conv) is nn.Conv2d and min(conv.in_channels, conv.out_channels) >= FEWEST_CHANNELS:
+            shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+            if shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1):
+                model.set_submodule(name, WinogradConv2d(conv))
