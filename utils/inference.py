@@ -5,7 +5,7 @@ Both doors go through `Network`, so that scoring saved predictions gives the dig
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -121,21 +121,30 @@ def picture_logits(
         window: slide a window of this size over each image instead of taking it whole.
         overlap: of neighbouring windows.
     """
-    whole = network.logits(torch.stack(list(images))).split(1) if window is None else None
-    for at, (image, box) in enumerate(zip(images, boxes, strict=True)):
-        yield restore(_slide(network, image, window, overlap) if whole is None else whole[at], box)
+    if window is None:
+        each = network.logits(torch.stack(list(images))).split(1)
+    else:
+        each = (_slide(network, image, window, overlap) for image in images)
+    for logits, box in zip(each, boxes, strict=True):
+        yield restore(logits, box)
 
 
 def _slide(network: Network, image: Tensor, window: tuple[int, int], overlap: float) -> Tensor:
     """Logits (1, num_classes, H, W) of one image (C, H, W), by windows."""
-    size, logits = image.shape[1:], None
-    for top, left, block in sliding_blocks(
-        network.logits, lambda top, bottom: image[:, top:bottom], size, window, overlap
-    ):
-        if logits is None:
-            logits = block.new_empty(1, len(block), *size)
-        logits[0, :, top : top + block.shape[1], left : left + block.shape[2]] = block
-    return logits
+    size = image.shape[1:]
+    blocks = sliding_blocks(network.logits, lambda top, bottom: image[:, top:bottom], size, window, overlap)
+    return joined(blocks, size)[None]
+
+
+def joined(blocks: Iterable[tuple[int, int, Tensor]], size: Sequence[int]) -> Tensor:
+    """Blocks (top, left, tensor (..., rows, columns)) put together to (..., H, W)."""
+    whole = None
+    for top, left, block in blocks:
+        rows, columns = block.shape[-2:]
+        if whole is None:
+            whole = block.new_empty(*block.shape[:-2], *size)
+        whole[..., top : top + rows, left : left + columns] = block
+    return whole
 
 
 def restore(logits: Tensor, box: Any) -> Tensor:
