@@ -87,7 +87,7 @@ from models import load_model
 from utils import visualize
 from utils.checkpoint import write_atomic, write_image
 from utils.device import describe_device, keep_freed_memory, pick_device, pick_precision
-from utils.inference import Network, picture_logits, restored_strips, sliding_blocks
+from utils.inference import Network, joined, picture_logits, restored_strips, sliding_blocks
 from utils.run import class_table, format_table, mean_scores, newest_weights, try_output, write_log
 
 SUMMARY = "summary.csv"
@@ -311,16 +311,14 @@ def predict_large(work: Work, index: int) -> Done:
 
 def ids_of(work: Work, blocks: Iterable[tuple[int, int, Tensor]], size: Sequence[int]) -> np.ndarray:
     """Class ids (H, W) of logits that come in blocks: (top, left, logits (num_classes, rows, columns))."""
-    threshold, ids = work.args.threshold, None
-    for top, left, block in blocks:
+    threshold = work.args.threshold
+
+    def ids(block: Tensor) -> Tensor:
         if threshold is None:
-            found = predicted_ids(block[None])[0]
-        else:
-            found = (block.softmax(0)[1] >= threshold).to(torch.uint8)
-        if ids is None:
-            ids = torch.empty(*size, dtype=found.dtype)
-        ids[top : top + found.shape[0], left : left + found.shape[1]] = found
-    return ids.numpy()
+            return predicted_ids(block[None])[0].cpu()
+        return (block.softmax(0)[1] >= threshold).to(torch.uint8).cpu()
+
+    return joined(((top, left, ids(block)) for top, left, block in blocks), size).numpy()
 
 
 def finish(work: Work, index: int, ids: np.ndarray, picture=None, probabilities=None) -> Done:

@@ -5,7 +5,7 @@ Both doors go through `Network`, so that scoring saved predictions gives the dig
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -122,10 +122,29 @@ def picture_logits(
         overlap: of neighbouring windows.
     """
     if window is None:
-        found = network.logits(torch.stack(list(images))).split(1)
+        each = network.logits(torch.stack(list(images))).split(1)
     else:
-        found = (slide(network.logits, image, window, overlap) for image in images)
-    yield from map(restore, found, boxes)
+        each = (_slide(network, image, window, overlap) for image in images)
+    for logits, box in zip(each, boxes, strict=True):
+        yield restore(logits, box)
+
+
+def _slide(network: Network, image: Tensor, window: tuple[int, int], overlap: float) -> Tensor:
+    """Logits (1, num_classes, H, W) of one image (C, H, W), by windows."""
+    size = image.shape[1:]
+    blocks = sliding_blocks(network.logits, lambda top, bottom: image[:, top:bottom], size, window, overlap)
+    return joined(blocks, size)[None]
+
+
+def joined(blocks: Iterable[tuple[int, int, Tensor]], size: Sequence[int]) -> Tensor:
+    """Blocks (top, left, tensor (..., rows, columns)) put together to (..., H, W)."""
+    whole = None
+    for top, left, block in blocks:
+        rows, columns = block.shape[-2:]
+        if whole is None:
+            whole = block.new_empty(*block.shape[:-2], *size)
+        whole[..., top : top + rows, left : left + columns] = block
+    return whole
 
 
 def restore(logits: Tensor, box: Any) -> Tensor:
@@ -173,9 +192,7 @@ def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
 
     Which belongs to which is seen by running the model once: a norm whose input is a convolution's output.
     """
-    made_by: dict[
-        int, tuple[nn.Module, Tensor]
-    ] = {}  # with the tensor: an id may be given anew once it is gone
+    made_by: dict[int, tuple[nn.Module, Tensor]] = {}  # with the tensor, whose id is else given anew
     pairs: list[tuple[nn.Module, nn.Module]] = []
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -190,14 +207,12 @@ def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
         model(torch.zeros(1, in_channels, 64, 64, device=next(model.parameters()).device))
     for handle in handles:
         handle.remove()
+    names = {module: name for name, module in model.named_modules()}
     for conv, norm in pairs:
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-    folded = {norm for _, norm in pairs}
-    for name, module in list(model.named_modules()):
-        if module in folded:
-            model.set_submodule(name, nn.Identity())
+        model.set_submodule(names[norm], nn.Identity())
     return model.requires_grad_(False)
 
 
@@ -253,18 +268,6 @@ def sliding_blocks(
                         carried = block.new_empty(len(block), most, width)
                     carried[:, : rows - done, left:right] = block[:, done:]
                 yield top, left, block[:, :done]
-
-
-def slide(
-    forward: Callable[[Tensor], Tensor], image: Tensor, window: tuple[int, int], overlap: float
-) -> Tensor:
-    """Logits (1, num_classes, H, W) of an image (C, H, W): the blocks of `sliding_blocks` put together."""
-    size, joined = image.shape[1:], None
-    for top, left, block in sliding_blocks(forward, lambda a, b: image[:, a:b], size, window, overlap):
-        if joined is None:
-            joined = block.new_empty(1, len(block), *size)
-        joined[0, :, top : top + block.shape[1], left : left + block.shape[2]] = block
-    return joined
 
 
 def _starts(length: int, window: int, overlap: float) -> list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -43,15 +44,12 @@ def try_output(output_dir: Path, setting: str = "output_dir") -> None:
 
     `setting` is what the user names it by.
     """
-    folder = output_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    place = output_dir.absolute()
+    folder = next(one for one in (place, *place.parents) if one.exists())
     if not folder.is_dir():
         raise NotADirectoryError(f"{setting} {output_dir}: {folder} is a file. Give another {setting}")
-    probe = folder / f".writable.{os.getpid()}"
     try:
-        probe.mkdir()
-        probe.rmdir()
+        TemporaryDirectory(prefix=".writable.", dir=folder).cleanup()
     except OSError as error:
         raise OSError(f"{setting} {output_dir} cannot be written: {error.strerror}. Give another") from error
 

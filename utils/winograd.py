@@ -58,9 +58,7 @@ class WinogradConv2d(nn.Module):
 def use_winograd(model: nn.Module) -> None:
     """Replace, in place, those convolutions of a network that give the same map by it and gain."""
     for name, conv in list(model.named_modules()):
-        if type(conv) is nn.Conv2d and (
-            (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-            == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-            and min(conv.in_channels, conv.out_channels) >= FEWEST_CHANNELS
-        ):
-            model.set_submodule(name, WinogradConv2d(conv))
+        if type(conv) is nn.Conv2d and min(conv.in_channels, conv.out_channels) >= FEWEST_CHANNELS:
+            shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+            if shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1):
+                model.set_submodule(name, WinogradConv2d(conv))
