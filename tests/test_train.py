@@ -107,6 +107,7 @@ def test_a_model_is_loaded_from_a_run_with_all_that_prediction_needs(finished):
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
+@pytest.mark.usefixtures("undrawn")
 def test_every_choice_trains(settings, changes):
     config = settings(**changes)
     try:
