@@ -273,7 +273,8 @@ def _count_classes(mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, 
         if stats.damage or len(strays) > MANY_STRAYS:
             near = dict.fromkeys(nearest(np.array(common), dict(encoding.table), colours)[0].tolist())
             near = ", ".join(raw_name(raw, colours) for raw in [*near][:4])
-            finding = f"{len(strays)} stray values, {share:.2%} of pixels, near {near}: JPEG or smoothing"
+            many = f"{len(strays)} or more" if len(stats.keys) == MOST_KEYS else len(strays)
+            finding = f"{many} stray values, {share:.2%} of pixels, near {near}: JPEG or smoothing"
             remedy = "export as PNG without smoothing, or set labels to snap"
             problems.add("lossy masks", mask, finding, remedy)
         else:
