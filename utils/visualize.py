@@ -199,8 +199,8 @@ def draw_report(
     halves = []
     for words, half in (("Best", samples[:2]), ("Worst", samples[2:])):
         if half:
-            heading = _line(f"{words} validation pictures", 584 + 2 * GAP, 16, bold=True)
-            halves.append(_join([heading, sample_panels(half, classes, 140, legend=False)]))
+            heading = _join([_line(f"{words} validation pictures", 584, 16, bold=True)], margin=(GAP, GAP))
+            halves.append(_join([heading, sample_panels(half, classes, 140, legend=False)], gap=0))
     if halves:
         parts.append(_join(halves, across=True, gap=32, margin=(24, 0)))
         parts.append(_legend(classes, WIDTH, 15, [truth for _, truth, *_ in samples], 32))
