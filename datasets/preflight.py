@@ -200,11 +200,12 @@ def _remember(memory: Path, found: dict[Path, dict]) -> None:
 def _scan(file: Path, in_channels: int, snap_to: list[int]) -> dict:
     """What is worth knowing of a file, in plain values, or what is wrong with it."""
     try:
-        seen = {"crc": zlib.crc32(file.read_bytes())}
+        data = file.read_bytes()
+        seen = {"crc": zlib.crc32(data)}
         if file.parent.name == "masks":
-            size, seen["stats"] = _count_mask(file, snap_to)
+            size, seen["stats"] = _count_mask(file, data, snap_to)
         else:
-            _, size, seen["orientation"] = load_image(file, in_channels, reduce_to=lambda _: (1, 1))
+            _, size, seen["orientation"] = load_image(file, in_channels, lambda _: (1, 1), data)
         return {"size": list(size), **seen}
     except DataError as error:
         return {"error": str(error).removeprefix(f"{file}: ")}
@@ -212,9 +213,9 @@ def _scan(file: Path, in_channels: int, snap_to: list[int]) -> dict:
         return {"error": f"cannot be read ({error.strerror})"}
 
 
-def _count_mask(file: Path, snap_to: list[int]) -> tuple[tuple[int, int], dict]:
+def _count_mask(file: Path, data: bytes, snap_to: list[int]) -> tuple[tuple[int, int], dict]:
     """Height and width of a mask, and its `MaskStats` as a dict."""
-    raw, palette, damage = load_mask(file)
+    raw, palette, damage = load_mask(file, data=data)
     kind = "grey" if palette is None else "palette"
     if raw.ndim == 3 and (raw == raw[..., :1]).all():
         raw = raw[..., 0]

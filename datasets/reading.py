@@ -11,6 +11,7 @@ import glob
 import os
 import re
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,9 @@ def read_image(path, in_channels: int = 3) -> np.ndarray:
     return load_image(path, in_channels)[0]
 
 
-def load_image(path, in_channels: int, reduce_to=None) -> tuple[np.ndarray, tuple[int, int], int]:
+def load_image(
+    path, in_channels: int, reduce_to=None, data: bytes | None = None
+) -> tuple[np.ndarray, tuple[int, int], int]:
     """As `read_image`, and the full (height, width) after EXIF, which a reduced JPEG no longer shows.
 
     Args:
@@ -94,6 +97,7 @@ def load_image(path, in_channels: int, reduce_to=None) -> tuple[np.ndarray, tupl
         in_channels: number of channels to bring it to.
         reduce_to: function from the full (height, width) to the one that will do; a JPEG may then come
             smaller (1/2, 1/4, 1/8), never below it, which its decoder does in a fraction of the time.
+        data: the file's bytes, where they are at hand.
 
     Returns:
         (array, (height, width), orientation): orientation is the EXIF number, 1 for none.
@@ -101,9 +105,9 @@ def load_image(path, in_channels: int, reduce_to=None) -> tuple[np.ndarray, tupl
     path = Path(path)
     with _naming(path):
         if path.suffix.lower() == ".npy":
-            array = _npy_image(path, in_channels)
+            array = _npy_image(path, in_channels, data)
             return array, array.shape[:2], 1
-        with _open(path) as picture:
+        with _open(path, data) as picture:
             orientation, size = _orientation(picture), None
             if reduce_to and picture.format in ("JPEG", "MPO"):
                 upright = 1 if orientation >= 5 else -1  # from (width, height) of the file, and back
@@ -144,8 +148,10 @@ def read_mask(path, as_colours: bool = False) -> np.ndarray:
     return load_mask(path, as_colours)[0]
 
 
-def load_mask(path, as_colours: bool = False) -> tuple[np.ndarray, list[int] | None, str]:
-    """As `read_mask`, and what else preflight asks of the file.
+def load_mask(
+    path, as_colours: bool = False, data: bytes | None = None
+) -> tuple[np.ndarray, list[int] | None, str]:
+    """As `read_mask`, and what else preflight asks of the file; `data` are its bytes, where at hand.
 
     Returns:
         (raw, palette, damage): palette is a list of 256 or fewer 0xRRGGBB for a palette mask, else None;
@@ -154,15 +160,15 @@ def load_mask(path, as_colours: bool = False) -> tuple[np.ndarray, list[int] | N
     path = Path(path)
     with _naming(path):
         if path.suffix.lower() == ".npy":
-            return _npy_mask(path), None, ""
-        with _open(path) as picture:
+            return _npy_mask(path, data), None, ""
+        with _open(path, data) as picture:
             pages, palette = _count_pages(picture), None
             if pages > 1:
                 raise DataError(f"holds {pages} pages; a mask is one page. Save the right page alone.")
             if picture.mode == "P":
                 colours = np.array(picture.getpalette("RGB"), np.int64).reshape(-1, 3)
                 palette = (colours @ (65536, 256, 1)).tolist()
-            damage = _damage(picture, path)
+            damage = _damage(picture, path, data)
             return _mask_values(_upright(picture), as_colours), palette, damage
 
 
@@ -179,13 +185,13 @@ def _naming(path: Path):
         raise DataError(f"{path}: cannot be read ({error}). Save it again, or remove it.") from error
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, data: bytes | None = None) -> Image.Image:
     """Open without decoding: allowed formats alone, our own pixel limit instead of the library's warning."""
     Image.MAX_IMAGE_PIXELS = None  # it warns or names no file; ours below is an error
-    if path.stat().st_size == 0:
+    if (path.stat().st_size if data is None else len(data)) == 0:
         raise DataError("is empty (0 bytes). Copy it again, or remove it.")
     try:
-        picture = Image.open(path, formats=FORMATS)
+        picture = Image.open(path if data is None else BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise DataError(f"is not a {', '.join(FORMATS)} picture, whatever its name says.") from None
     _check_pixels(picture.height, picture.width)
@@ -254,16 +260,17 @@ def _pages(picture: Image.Image, in_channels: int) -> np.ndarray:
     return np.stack(bands, axis=2)
 
 
-def _npy(path: Path) -> np.ndarray:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+def _npy(path: Path, data: bytes | None = None) -> np.ndarray:
+    source, mode = (path, "r") if data is None else (BytesIO(data), None)
+    array = np.load(source, mmap_mode=mode, allow_pickle=False)
     if array.ndim not in (2, 3) or array.size == 0:
         raise DataError(f"has shape {array.shape}; wanted (height, width) or (height, width, channels).")
     _check_pixels(*array.shape[:2])
     return array
 
 
-def _npy_image(path: Path, in_channels: int) -> np.ndarray:
-    array = _npy(path)
+def _npy_image(path: Path, in_channels: int, data: bytes | None) -> np.ndarray:
+    array = _npy(path, data)
     array = array if array.ndim == 3 else array[..., None]
     if array.shape[2] != in_channels and (array.shape[2], in_channels) != (1, 3):
         fix = "transpose it to" if array.shape[0] == in_channels else "save it as"
@@ -273,8 +280,8 @@ def _npy_image(path: Path, in_channels: int) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(_to_bytes(array), (*array.shape[:2], in_channels)))
 
 
-def _npy_mask(path: Path) -> np.ndarray:
-    array = np.asarray(_npy(path))
+def _npy_mask(path: Path, data: bytes | None) -> np.ndarray:
+    array = np.asarray(_npy(path, data))
     array = array[..., 0] if array.shape[2:] == (1,) else array
     if array.ndim == 3 and (array.shape[2] != 3 or array.dtype != np.uint8):
         raise DataError(f"is {array.dtype} of shape {array.shape}; a mask is (height, width) whole numbers.")
@@ -305,11 +312,11 @@ def _mask_values(picture: Image.Image, as_colours: bool) -> np.ndarray:
     return _to_channels(picture, 3)  # RGBA with its transparent pixels black, CMYK, ...
 
 
-def _damage(picture: Image.Image, path: Path) -> str:
+def _damage(picture: Image.Image, path: Path, data: bytes | None = None) -> str:
     """What may have altered a mask's values unseen, as far as the file tells."""
     if picture.format in ("JPEG", "MPO"):
         return "is a JPEG"
-    if picture.format == "WEBP" and b"VP8L" not in path.read_bytes():
+    if picture.format == "WEBP" and b"VP8L" not in (data or path.read_bytes()):
         return "is a lossy WebP"
     if "jpeg" in str(picture.info.get("compression")):
         return "is a TIFF that holds a JPEG"
