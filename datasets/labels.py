@@ -184,8 +184,12 @@ def nearest(raws: np.ndarray, known, colours: bool) -> tuple[np.ndarray, np.ndar
         return raws[:, None] >> [16, 8, 0] & 255 if colours else raws[:, None]
 
     raws, known = raws.astype(np.int64), np.array(list(known), np.int64)
-    apart = np.array([np.linalg.norm(points(raws) - point, axis=1) for point in points(known)])
-    return np.where(raws == UNKNOWN, raws, known[apart.argmin(0)]), apart.min(0)
+    found, distance = raws.copy(), np.full(len(raws), np.inf)
+    for raw, point in zip(known, points(known), strict=True):  # one at a time: raws may be millions
+        apart = np.linalg.norm(points(raws) - point, axis=1)
+        found[apart < distance] = raw
+        distance = np.minimum(distance, apart)
+    return np.where(raws == UNKNOWN, raws, found), distance
 
 
 def raw_name(raw: int, colours: bool) -> str:
@@ -232,6 +236,8 @@ def choose_encoding(
         ValueError: no encoding fits; the message names what was found and a map to start from.
     """
     wanted = parse_labels(labels)
+    if 0 <= ignore_index < num_classes:
+        raise ValueError(f"ignore_index is {ignore_index}, a class id (0..{num_classes - 1}). Take another.")
     colours = wanted.colours or any(mask.kind == "colour" for mask in masks)
     counts: Counter = Counter()
     for mask in masks:
@@ -252,8 +258,6 @@ def _choose(
     masks, counts: Counter, colours: bool, num_classes: int, ignore_index: int, wanted: LabelMap, declared
 ) -> tuple[Encoding, list[str]]:
     """As `choose_encoding`; what is wrong is said without what the masks hold."""
-    if 0 <= ignore_index < num_classes:
-        raise ValueError(f"ignore_index is {ignore_index}, a class id (0..{num_classes - 1}). Take another.")
     table, warnings, palette = dict(wanted.table), [], ()
     if colours and table and not wanted.colours:
         raise ValueError("labels maps values, but there are colours, which want to be mapped too.")
@@ -289,11 +293,12 @@ def _choose(
     snap = wanted.snap and kind not in ("indices", "palette")  # between ids that lie 1 apart nothing is near
     encoding = Encoding(kind, num_classes, ignore_index, tuple(rows), snap, palette)
     if snap:
-        common = np.array([raw for raw, count in counts.items() if count > RARE * counts.total()])
+        total = counts.total()
+        common = np.array([raw for raw, count in counts.items() if count > RARE * total])
         far = common[nearest(common, dict(rows), colours)[1] > NEAR].tolist()
         if large := Counter({raw: counts[raw] for raw in far}):  # damage is near, or rare
             raise ValueError(
-                f"{listing(large, colours, counts.total())}: too common and too far from every declared "
+                f"{listing(large, colours, total)}: too common and too far from every declared "
                 "value to be damage. Declare them in labels, as a class or ignore."
             )
     return encoding, warnings[:1]
