@@ -196,3 +196,10 @@ def test_epochs_without_validation_do_not_count_for_plateau():
     assert rates(schedule)[0] == 0.1
     schedule.epoch_end(0.5)
     assert rates(schedule)[0] == pytest.approx(0.01)
+
+
+def test_an_unknown_name_is_refused_with_the_near_one():
+    with pytest.raises(ValueError, match="optimizer must be one of .* Did you mean 'adam'"):
+        build_optimizer(Net(), "adm", 0.1)
+    with pytest.raises(ValueError, match="scheduler must be one of .* Did you mean 'poly'"):
+        schedule_for("polly")

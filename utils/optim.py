@@ -5,10 +5,13 @@ rate of step `k - 1`. A run that is broken off and resumed therefore continues w
 and what a schedule will do can be drawn before it does it.
 """
 
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import nn
+
+from utils.cli import near
 
 OPTIMIZERS = {  # from groups, momentum and the choice of the fused form, which torch's RMSprop lacks
     "adam": lambda groups, momentum, fused: torch.optim.Adam(groups, fused=fused),
@@ -41,8 +44,9 @@ def build_optimizer(
         backbone_lr_scale: factor on the learning rate of the parameters below a module named `backbone`.
 
     Raises:
-        ValueError: nothing to train, in the backbone or at all.
+        ValueError: unknown name, or nothing to train, in the backbone or at all.
     """
+    _one_of("optimizer", name, OPTIMIZERS)
     groups = parameter_groups(model, lr, weight_decay, backbone_lr_scale)
     fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
     return OPTIMIZERS[name](groups, momentum, fused or None)
@@ -109,6 +113,9 @@ class Schedule:
     Attributes:
         position: the number of steps taken; each group's `lr` is the one of the step to come.
 
+    Raises:
+        ValueError: unknown name.
+
     Example:
         >>> optimizer = build_optimizer(nn.Linear(2, 1), "sgd", lr=1.0)
         >>> Schedule(optimizer, "step", steps_per_epoch=1, epochs=4, step_size=2).plan()
@@ -128,6 +135,7 @@ class Schedule:
     plateau_patience: int = 10  # validations without a rise that are borne
 
     def __post_init__(self) -> None:
+        _one_of("scheduler", self.name, SCHEDULES)
         self.total_steps = self.steps_per_epoch * self.epochs
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self.load_state_dict({"position": 0, "best": float("-inf"), "waited": 0, "cuts": 0})
@@ -178,3 +186,9 @@ class Schedule:
     def _set_rates(self) -> None:
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = base * self._factor(self.position)
+
+
+def _one_of(field: str, name: str, choices: Iterable[str]) -> None:
+    if name not in choices:
+        hint = near(str(name), list(choices)) or " Choose one of these."
+        raise ValueError(f"{field} must be one of {', '.join(choices)}; got {name!r}.{hint}")
