@@ -204,8 +204,9 @@ def test_where_no_picture_is_readable_nothing_is_written_or_said_to_be(args, tmp
 
 
 def test_a_picture_whose_truth_is_all_ignored_comes_last_of_the_scores(args, data, tmp_path):
+    given = args(truth=str(data / "val" / "masks"))
     Image.fromarray(np.full((40, 64), 255, np.uint8)).save(data / "val" / "masks" / "p1.png")
-    predict.main(args(truth=str(data / "val" / "masks")))
+    predict.main(given)
     scores = rows_of(tmp_path / "out" / "scores.csv")
     assert [row["mean_iou"] == "" for row in scores] == [False, False, True]
 
