@@ -89,7 +89,7 @@ class LargePicture:
             yield top, self.rows(top, min(self.size[0], top + step))
 
     def fitted(self, image_size, resize: str) -> tuple[np.ndarray, Box]:
-        """As `reading.read_fitted` gives it: uint8 (h, w, C), and where the picture lies in it."""
+        """As `reading.load_fitted` gives it: uint8 (h, w, C), and where the picture lies in it."""
         if self._picture and self._is_jpeg:  # decoded smaller
             return load_fitted(self.path, self.in_channels, image_size, resize)[:2]
         box = place(self.size, tuple(image_size), resize)

@@ -58,7 +58,8 @@ def pair_split(
     stems = []
     for each in (folder / "images", folder / "masks"):
         if not each.is_dir():
-            problems.add("no folder", each, "is missing", "lay out data_root/{train,val}/{images,masks}")
+            remedy = "the layout is data_root/{train,val}/{images,masks}"
+            problems.add("no such folder", each, "is not a folder", remedy)
             continue
         files = list_pictures(each)
         if not files:

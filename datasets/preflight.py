@@ -252,8 +252,9 @@ def _match(image: Path, mask: Path, found: dict, problems: Problems) -> Pair | N
         return Pair(image, mask, *size, stamp=(*found[image]["stamp"], *found[mask]["stamp"]))
     finding, remedy = "mask {} x {}, picture {} x {}".format(*other, *size), "make them one size"
     if size == other[::-1]:
-        finding += ": one of them is turned"
-        remedy = "turn the mask as viewers, which heed EXIF tags, show the picture"
+        by_tag = found[image]["orientation"] >= 5
+        finding += ", which its EXIF tag turned" if by_tag else ": one of them is turned"
+        remedy = "turn the mask as viewers show the picture" if by_tag else "turn one of them"
     problems.add("sizes differ", mask, finding, remedy)
     return None
 

@@ -61,7 +61,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
     check_choice("model", name, MODELS)
     known = list(inspect.signature(MODELS[name]).parameters)[2:]  # after num_classes and in_channels
     for key in options:
-        check_choice(f"an option of {name}", key, known)
+        check_choice(f"an option of {name}", key, known, remedy="Leave it out.")
     return MODELS[name](num_classes, in_channels, **options)
 
 

@@ -173,13 +173,15 @@ def check_numbers(num_classes: int, in_channels: int, dropout: float, base_chann
         raise ValueError(f"dropout must be in [0, 1); got {dropout!r}. Give 0 to leave it out.")
 
 
-def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    """Raise ValueError, with the near name if there is one, unless `value` is one of `choices`."""
+def check_choice(
+    name: str, value: object, choices: Iterable[object], remedy: str = "Choose one of these."
+) -> None:
+    """Raise ValueError, with the near name or else the remedy, unless `value` is one of `choices`."""
     choices = list(choices)
     if value in choices and not isinstance(value, bool):
         return
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
+    hint = f"Did you mean {near[0]!r}?" if near else remedy
     raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}. {hint}")
 
 

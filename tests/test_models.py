@@ -227,7 +227,7 @@ def test_images_that_do_not_fit_are_refused(name):
             "unet",
             2,
             {"backbone": "resnet50"},
-            "an option of unet must be one of base_channels.*got 'backbone'",
+            "an option of unet must be one of base_channels.*got 'backbone'. Leave it out",
         ),
         ("pspnet", 2, {"output_strid": 8}, "Did you mean 'output_stride'?"),
         ("unet", 1, {}, "num_classes must be a whole number of 2 or more; got 1. Count the background"),

@@ -22,6 +22,7 @@ from utils.inference import fold_batch_norm, normalize
 
 SIZES = ((1, 64, 64), (3, 96, 128), (2, 33, 47), (1, 160, 90))  # (batch, height, width) that are tried
 OLDEST_TORCH = (2, 14)  # 2.10 kept exported networks to sizes that pool evenly
+ONNX_PACKAGES = ("onnx", "onnxscript")
 
 
 class Exportable(nn.Module):
@@ -70,14 +71,15 @@ def check_target(path: Path) -> None:
     if path.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"export must end in .pt2 or .onnx; got {path}. The ending says which to write")
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-        oldest, found = ".".join(map(str, OLDEST_TORCH)), torch.__version__
         raise ValueError(
-            f"export needs torch {oldest}, whose programs take any size; this is {found}. Install it"
+            f"export needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]}, whose programs take any size; this is "
+            f"{torch.__version__}. Install a newer torch"
         )
-    if path.suffix == ".onnx" and None in map(importlib.util.find_spec, ("onnx", "onnxscript")):
-        install = "pip install onnx onnxscript onnxruntime"
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if path.suffix == ".onnx" and missing:
         raise ValueError(
-            f"export to ONNX needs onnx and onnxscript, not both installed. {install}; or take .pt2"
+            f"export to ONNX needs the packages {' and '.join(ONNX_PACKAGES)}; {' and '.join(missing)} not "
+            f"installed. Install with: pip install {' '.join(ONNX_PACKAGES)} onnxruntime; or export to .pt2"
         )
     if path.exists():
         raise FileExistsError(f"export: {path} exists already. Remove it, or give another name")

@@ -86,7 +86,8 @@ def newest_weights(output_dir: Path) -> Path:
     """The best.pt that was written last."""
     found = list(output_dir.glob("*/best.pt"))
     if not found:
-        raise FileNotFoundError(f"no {output_dir}/*/best.pt. Train first, or give weights a checkpoint")
+        train_first = "Train first (python train.py), or give weights a checkpoint"
+        raise FileNotFoundError(f"no {output_dir}/*/best.pt. {train_first}")
     return max(found, key=os.path.getmtime)
 
 
@@ -126,8 +127,11 @@ def score_columns(class_names: Sequence[str], scores: Any, loss: float) -> dict[
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Columns in plain text: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    line = "  ".join([f"{{:<{widths[0]}}}", *(f"{{:>{width}}}" for width in widths[1:])])
-    return "\n".join(line.format(*cells) for cells in [header, *rows])
+    lines = []
+    for first, *others in [header, *rows]:
+        cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def class_table(class_names: Sequence[str], scores: Any) -> str:
@@ -140,8 +144,8 @@ def class_table(class_names: Sequence[str], scores: Any) -> str:
 
 def mean_scores(scores: Any) -> str:
     """The means of a confusion matrix's scores in words."""
-    names = ("mean IoU", "mean Dice", "pixel accuracy")
-    return ", ".join(f"{n} {format_score(getattr(scores, n.lower().replace(' ', '_')))}" for n in names)
+    iou, dice, accuracy = map(format_score, (scores.mean_iou, scores.mean_dice, scores.pixel_accuracy))
+    return f"mean IoU {iou}, mean Dice {dice}, pixel accuracy {accuracy}"
 
 
 def format_score(value: float) -> str:
