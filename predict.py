@@ -385,12 +385,14 @@ def report(work: Work, done: list[Done], seconds: float) -> None:
         return
     output, names = Path(work.args.output), work.info.class_names
     files = [str(work.files[one.index]) for one in done]
-    rows = [[file, *one.shares] for file, one in zip(files, done, strict=True)]
-    write_log(output / SUMMARY, [dict(zip(["picture", *names], row, strict=True)) for row in rows])
+    shares = [dict(zip(names, one.shares, strict=True)) for one in done]
+    rows = [{"picture": file} | row for file, row in zip(files, shares, strict=True)]
+    write_log(output / SUMMARY, rows)
     table = []
-    for name, shares in zip(names, zip(*(one.shares for one in done), strict=True), strict=True):
-        share = f"{100 * sum(shares) / len(shares):.2f} %"
-        table.append([f"  {name}", share, str(sum(value > 0 for value in shares))])
+    for name in names:
+        found = [row[name] for row in shares]
+        share = f"{100 * sum(found) / len(found):.2f} %"
+        table.append([f"  {name}", share, str(sum(value > 0 for value in found))])
     print(format_table(["  class", "share", "pictures"], table))
     if work.truths:
         total, rows = ConfusionMatrix(len(names), work.info.ignore_index), []
@@ -400,8 +402,9 @@ def report(work: Work, done: list[Done], seconds: float) -> None:
             rows.append({"picture": file} | {name: getattr(scores, name) for name in SCORES})
         rows.sort(key=lambda row: (math.isnan(row["mean_iou"]), row["mean_iou"]))  # the worst first
         write_log(output / "scores.csv", rows)
-        print(f"against the truth: {mean_scores(total.scores())}")
-        print(class_table(names, total.scores()))
+        scores = total.scores()
+        print(f"against the truth: {mean_scores(scores)}")
+        print(class_table(names, scores))
     overlays = f", overlays to {output / 'overlays'}" if work.args.overlay else ""
     print(f"wrote {len(done)} masks to {output / 'masks'}{overlays}; {len(done) / seconds:.1f} pictures/s")
 
@@ -442,7 +445,7 @@ def write_network(weights: Path, path: Path) -> int:
         ValueError: as `check_target` and `load_model`.
         OSError: likewise, or the file cannot be written.
     """
-    from utils.export import check_target, export  # slow to import
+    from utils.export import SIZES, check_target, export  # slow to import
 
     check_target(path)
     model = load_model(weights)
@@ -454,7 +457,8 @@ def write_network(weights: Path, path: Path) -> int:
     if difference is None:
         print("not run: install onnxruntime to have it compared with the network")
     else:
-        print(f"its logits differ from the network's by {difference:.1e} of the largest")
+        sizes = ", ".join(" x ".join(map(str, size)) for size in SIZES)
+        print(f"its logits differ from the network's by {difference:.1e} of the largest, over {sizes}")
     return 0
 
 

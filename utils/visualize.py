@@ -336,7 +336,9 @@ def _fitted(text: str, font: Any, width: float) -> str:
     return text
 
 
-def _line(text: str, width: int, size: int, color=INK, bold=False, right=False) -> Image.Image:
+def _line(
+    text: str, width: int, size: int, color: Any = INK, bold: bool = False, right: bool = False
+) -> Image.Image:
     """A strip of this width with one line of text, at its left or right end."""
     strip, font = Image.new("RGB", (width, round(1.5 * size)), "white"), _font(size, bold)
     at, anchor = (width, "rm") if right else (0, "lm")
