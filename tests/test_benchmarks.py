@@ -27,20 +27,8 @@ SMALLEST = {
         "0",
     ]
     + SMALL,
-    "scores": [
-        "--rounds",
-        "1",
-        "--seeds",
-        "0",
-        "1",
-        "--",
-        "--image_size",
-        "32",
-        "--base_channels",
-        "4",
-        "--epochs",
-        "1",
-    ],
+    "scores": ["--rounds", "1", "--seeds", "0", "1"]
+    + ["--", "--image_size", "32", "--base_channels", "4", "--epochs", "1"],
     "startup": ["--cases", "train.py --help", "--rounds", "1"],
     "memory": ["--parts", "peak", "--models", "separable_resnet18", "--cases", "ours", *SMALL],
     "gpu": ["--device", "cpu", "--models", "separable_resnet18", "--ways", "bf16", "--steps", "1"]
