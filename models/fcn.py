@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import VGG
@@ -27,6 +28,22 @@ class BilinearUpsample(nn.ConvTranspose2d):
         triangle = 1 - (position - (self.factor - 0.5)).abs() / self.factor
         self.weight.zero_()
         self.weight.diagonal(dim1=0, dim2=1).copy_((triangle[:, None] * triangle).unsqueeze(-1))
+
+
+class Score(nn.Conv2d):
+    """A 1x1 convolution whose bias is added after it.
+
+    With the bias inside, oneDNN writes past its gradient where 4096 channels become fewer than 16, in bf16
+    on CPUs with AMX, by two threads (torch 2.14). That ends the process, or spoils what lies beside.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__(in_channels, num_classes, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the scores (N, num_classes, H, W) of `x`."""
+        scores = F.conv2d(x, self.weight)
+        return scores + self.bias[:, None, None].to(scores.dtype)
 
 
 class FCN(nn.Module):
@@ -84,7 +101,7 @@ class FCN(nn.Module):
         self.fc7 = nn.Conv2d(FC_CHANNELS, FC_CHANNELS, kernel_size=1)
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout)
-        self.score = nn.Conv2d(FC_CHANNELS, num_classes, kernel_size=1)
+        self.score = Score(FC_CHANNELS, num_classes)
         if variant != "32s":
             self.up_to_pool4 = BilinearUpsample(num_classes, 2)
             self.score_pool4 = nn.Conv2d(pool4_channels, num_classes, kernel_size=1)

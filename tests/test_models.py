@@ -14,6 +14,7 @@ from torch.export import Dim
 
 from models import FCN, MODELS, DeepLabV3Plus, PSPNet, SegNet, UNet, build_model
 from models.backbones import RESNETS, VGGS
+from models.fcn import Score
 from models.layers import AtrousConv2d, MergingConv2d, PooledBatchNorm2d, SeparableConvBNReLU
 
 ROOT = Path(__file__).parent.parent
@@ -373,3 +374,34 @@ def test_an_atrous_convolution_keeps_a_bias_on_small_maps():
     torch.testing.assert_close(
         conv(torch.zeros(1, 2, 5, 5)), conv.bias[None, :, None, None].expand(1, 3, 5, 5)
     )
+
+
+SCORES = """
+import torch
+from models.fcn import FC_CHANNELS, Score
+score = Score(FC_CHANNELS, 12).to(memory_format=torch.channels_last)
+for _ in range(6):
+    x = torch.randn(4, FC_CHANNELS, 8, 8).to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        score(x).float().square().mean().backward()
+    score.zero_grad(set_to_none=True)
+    kept = [torch.empty(1000 * n) for n in range(1, 60)]
+"""
+
+
+def test_the_gradient_of_the_few_scores_of_many_channels_stays_in_its_place(tmp_path):
+    """In a process of its own: where it does not, that ends by a signal."""
+    (tmp_path / "script.py").write_text(SCORES)
+    code, _, errors = doors.run([str(tmp_path / "script.py")], doors.ROOT, tmp_path / "log")
+    assert code == 0, errors
+
+
+def test_scores_are_those_of_a_convolution():
+    score, conv = Score(32, 5), torch.nn.Conv2d(32, 5, kernel_size=1)
+    conv.load_state_dict(score.state_dict())
+    x = torch.randn(2, 32, 6, 7)
+    assert torch.allclose(score(x), conv(x), atol=1e-6)
+    for layer in (score, conv):
+        layer(x).square().sum().backward()
+    assert torch.allclose(score.weight.grad, conv.weight.grad, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(score.bias.grad, conv.bias.grad, rtol=1e-4, atol=1e-4)
