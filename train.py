@@ -76,6 +76,7 @@ class Run:
     rate_plan: list[tuple[float, float]]  # (epoch, learning rate) over the run, to draw
     folder: Path
     progress: Progress
+    best: "Evaluation | None"  # of best.pt, where this process wrote it
     clock: Clock
     stop: StopSignal
     saved_at: float  # when last.pt was last written, by time.monotonic
@@ -210,7 +211,7 @@ def build(
     plan = [(step / steps_per_epoch, rate) for step, rate in enumerate(run.schedule.plan(), start=1)]
     run.rate_plan = plan[:: -max(1, len(plan) // 500)]  # backwards, so that the end is there
 
-    run.folder, run.progress, run.clock = Path(), Progress(), Clock()
+    run.folder, run.progress, run.best, run.clock = Path(), Progress(), None, Clock()
     run.stop, run.saved_at = StopSignal(quiet=not processes.is_main), time.monotonic()
     return run
 
@@ -503,6 +504,7 @@ def end_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None:
     better = score is not None and score > progress.best
     if better:
         progress.best, progress.best_epoch, progress.stalled = score, progress.epoch + 1, 0
+        run.best = found
     elif score is not None:
         progress.stalled += 1
     progress.rows.append(row)
@@ -609,12 +611,13 @@ def print_epoch(run: Run, row: dict[str, Any], found: Evaluation | None) -> None
 
 
 def finish(run: Run) -> None:
-    """Score `best.pt` once more, draw the report, and say where everything lies."""
-    config, progress = run.config, run.progress
+    """Draw the report of `best.pt`, and say where everything lies."""
+    config, progress, found = run.config, run.progress, run.best
     distributed.wait_for_all()  # for best.pt
     best = read_checkpoint(run.folder / "best.pt")["model"]
-    with run.clock.to("validation"):
-        found = evaluate(run, best)
+    if found is None:  # it is of before a resume
+        with run.clock.to("validation"):
+            found = evaluate(run, best)
     if not run.processes.is_main:
         return
     scores = found.scores

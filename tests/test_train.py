@@ -20,6 +20,7 @@ from PIL import Image
 
 import train
 from models import load_model, read_checkpoint
+from utils import visualize
 from utils.cli import Fail
 
 
@@ -159,6 +160,33 @@ def test_a_stopped_and_resumed_run_ends_as_if_it_had_not_stopped(settings, monke
     assert timeless == [
         {k: v for k, v in row.items() if k != "images_per_second"} for row in log_rows(broken)
     ]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_report_is_of_the_best_epoch_which_is_scored_anew_after_a_resume_alone(
+    settings, monkeypatch, stopped
+):
+    evaluate, found, drawn = train.evaluate, [], []
+
+    def best_at_first(run, weights):
+        evaluation = evaluate(run, weights)
+        if len(found) == 1:  # the second epoch's
+            evaluation = replace(evaluation, scores=replace(evaluation.scores, mean_iou=0.0))
+        found.append(evaluation)
+        return evaluation
+
+    monkeypatch.setattr(train, "evaluate", best_at_first)
+    monkeypatch.setattr(visualize, "draw_curves", lambda *_: BLANK)
+    monkeypatch.setattr(visualize, "draw_report", lambda *parts: drawn.append(parts) or BLANK)
+    if stopped:
+        with monkeypatch.context() as patch:
+            stop_after(patch, 4)
+            with pytest.raises(Fail):
+                train.main(settings())
+    train.main(settings(resume=str(Path(settings().output_dir) / "run")) if stopped else settings())
+    assert len(found) == (3 if stopped else 2)
+    ((_, _, _, scores, counts, *_),) = drawn
+    assert scores.mean_iou == found[0].scores.mean_iou and (counts == found[0].counts.numpy()).all()
 
 
 @pytest.mark.usefixtures("undrawn")
