@@ -49,9 +49,13 @@ def _turn(image: np.ndarray, mask: np.ndarray, move: Move, out_image, out_mask, 
     pixels = torch.from_numpy(image.astype(np.float32)).sub_(OUTSIDE).permute(2, 0, 1)[None]  # outside is 0
     pixels = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0]
     out_image[:] = jitter(pixels.add_(OUTSIDE), *(move.colour or (1, 1, 1))).numpy()
-    ids = torch.from_numpy(mask.astype(np.float32)).sub_(ignore_index)[None, None]  # exact below 2**24
-    ids = F.grid_sample(ids, grid, mode="nearest", padding_mode="zeros", align_corners=False)[0, 0]
-    out_mask[:] = ids.add_(ignore_index).numpy()
+    known = mask.astype(np.float32)  # exact below 2**24, which ignore_index may not be
+    known += 1
+    known[mask == ignore_index] = 0  # as grid_sample has it outside
+    ids = torch.from_numpy(known)[None, None]
+    ids = F.grid_sample(ids, grid, mode="nearest", padding_mode="zeros", align_corners=False)[0, 0].numpy()
+    out_mask[:] = ids - 1
+    out_mask[ids == 0] = ignore_index
 
 
 def jitter(pixels: torch.Tensor, brightness: float, contrast: float, saturation: float) -> torch.Tensor:

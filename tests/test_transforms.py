@@ -133,7 +133,7 @@ def test_every_part_of_a_source_is_as_likely_to_be_seen():
     assert seen[0].min() > 0 and abs(seen[:, :10].sum() / seen.sum() - 0.5) < 0.03
 
 
-@pytest.mark.parametrize("ignore_index", [-100, -1, 11, 255, 1000])
+@pytest.mark.parametrize("ignore_index", [-(2**31), -100, -1, 11, 255, 1000, 2**31 - 1])
 def test_any_ignored_id_survives_resampling(ignore_index):
     mask = np.random.default_rng(0).choice([0, 5, ignore_index], (30, 30))
     _, ids = apply(
