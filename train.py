@@ -443,8 +443,8 @@ def evaluate(run: Run, weights: dict[str, Tensor]) -> Evaluation:
     config, pictures = run.config, len(run.val_set)
     distributed.from_main(weights)
     network = ready_network(run, weights)
-    matrix = ConfusionMatrix(config.num_classes, config.ignore_index, run.device)
-    states = torch.zeros(pictures, len(matrix.state()), dtype=torch.int64, device=run.device)
+    matrix, one = (ConfusionMatrix(config.num_classes, config.ignore_index, run.device) for _ in range(2))
+    picture_iou = torch.zeros(pictures, dtype=torch.float64, device=run.device)
     losses = torch.zeros(pictures, device=run.device)
     indices = evaluation_shard(pictures, run.processes.rank, run.processes.world_size)
     longest = evaluation_shard(pictures, 0, run.processes.world_size)  # all go round equally often
@@ -453,22 +453,20 @@ def evaluate(run: Run, weights: dict[str, Tensor]) -> Evaluation:
             batch = indices[first : first + config.batch_size]
             for index, (_, _, truth), logits in validation_logits(run, network, batch):
                 truth = truth[None].to(run.device)
-                matrix.reset()
-                matrix.update(predicted_ids(logits), truth)
-                states[index] = matrix.state()
+                one.reset()
+                one.update(predicted_ids(logits), truth)
+                matrix.merge(one)
+                picture_iou[index] = one.picture_mean_iou
                 losses[index] = run.loss_fn(logits, truth)
             (signaled,) = distributed.largest([run.stop.number])
             if signaled:  # validation is done again on resume
                 save_last(run)
                 leave(run, signaled)
             bar.update(len(batch))
-    distributed.sum_over(states, losses)
-    picture_iou = []
-    for state in states.cpu():
-        matrix.load_state(state)
-        picture_iou.append(matrix.scores().mean_iou)
-    matrix.load_state(states.sum(0))
-    return Evaluation(matrix.scores(), matrix.counts.cpu(), float(losses.mean()), picture_iou)
+    state = matrix.state()
+    distributed.sum_over(state, picture_iou, losses)
+    matrix.load_state(state)
+    return Evaluation(matrix.scores(), matrix.counts.cpu(), float(losses.mean()), picture_iou.tolist())
 
 
 def ready_network(run: Run, weights: dict[str, Tensor]) -> Network:

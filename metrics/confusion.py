@@ -75,6 +75,11 @@ class ConfusionMatrix:
         """The matrix, int64 (C, C), in pixels; rows are the truth, columns the prediction."""
         return self._sums[:-4].view(self.num_classes, self.num_classes)
 
+    @property
+    def picture_mean_iou(self) -> Tensor:
+        """As in `scores`, without waiting for the device: a float64 scalar there, NaN where it is n/a."""
+        return self._sums[-3].double() / _FIXED / self._sums[-4]
+
     @torch.no_grad()
     def update(self, preds: Tensor, masks: Tensor) -> None:
         """Count the pixels of a batch, without waiting for the device.

@@ -91,8 +91,10 @@ def test_mean_over_pictures_is_the_mean_of_each_pictures_own_mean():
     preds, masks = case()
     valid = [i for i in range(len(masks)) if (masks[i] != 255).any()]
     own = [slow_ratios(preds[i], masks[i]) for i in valid]
-    scores = measured(preds, masks).scores()
+    matrix = measured(preds, masks)
+    scores = matrix.scores()
     assert len(valid) == len(masks) - 1
+    assert float(matrix.picture_mean_iou) == scores.picture_mean_iou
     assert scores.picture_mean_iou == pytest.approx(np.mean([np.nanmean(iou) for iou, _, _ in own]))
     assert scores.picture_mean_dice == pytest.approx(np.mean([np.nanmean(dice) for _, dice, _ in own]))
 
@@ -167,6 +169,7 @@ def test_nothing_counted_gives_nan_and_reset_forgets():
     matrix.reset()
     same(matrix.scores(), ConfusionMatrix(C).scores())
     assert math.isnan(matrix.scores().mean_iou) and math.isnan(matrix.scores().picture_mean_iou)
+    assert math.isnan(matrix.picture_mean_iou)
     assert np.isnan(matrix.scores().iou).all() and math.isnan(matrix.scores().baseline_iou)
     matrix.update(torch.zeros(0, 4, 4, dtype=torch.uint8), torch.zeros(0, 4, 4, dtype=torch.uint8))
     assert math.isnan(matrix.scores().pixel_accuracy)
