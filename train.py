@@ -443,8 +443,9 @@ def evaluate(run: Run, weights: dict[str, Tensor]) -> Evaluation:
     config, pictures = run.config, len(run.val_set)
     distributed.from_main(weights)
     network = ready_network(run, weights)
-    matrix, one = (ConfusionMatrix(config.num_classes, config.ignore_index, run.device) for _ in range(2))
-    picture_iou = torch.zeros(pictures, dtype=torch.float64, device=run.device)
+    where = machine.counting_device(run.device)
+    matrix, one = (ConfusionMatrix(config.num_classes, config.ignore_index, where) for _ in range(2))
+    picture_iou = torch.zeros(pictures, dtype=torch.float64, device=where)
     losses = torch.zeros(pictures, device=run.device)
     indices = evaluation_shard(pictures, run.processes.rank, run.processes.world_size)
     longest = evaluation_shard(pictures, 0, run.processes.world_size)  # all go round equally often

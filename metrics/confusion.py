@@ -49,7 +49,8 @@ class ConfusionMatrix:
     Args:
         num_classes: number of classes C.
         ignore_index: label of the pixels that count for nothing.
-        device: where the predictions will be; the counts are kept there.
+        device: where the counts are kept and ids are moved to, best where the predictions will be; it must
+            know float64, which `mps` does not.
 
     Example:
         >>> matrix = ConfusionMatrix(num_classes=3)
@@ -99,7 +100,7 @@ class ConfusionMatrix:
             )
         if not masks.numel():
             return
-        preds, masks = (ids.reshape(-1, ids.shape[-2:].numel()) for ids in (preds, masks))
+        preds, masks = (ids.to(self.device).reshape(-1, ids.shape[-2:].numel()) for ids in (preds, masks))
         if preds.is_cuda or self.num_classes > 255 or not 0 <= self.ignore_index <= 255:
             self._count(preds, masks)
         else:

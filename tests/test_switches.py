@@ -14,6 +14,7 @@ from torch import nn
 import train
 from config import Config
 from models import MODELS, build_model, read_checkpoint
+from utils.device import counting_device
 
 WELL = 0.96  # mean IoU that eight seeds reach on this data without any switch: 0.964 to 0.994
 
@@ -133,6 +134,11 @@ def test_a_network_takes_the_same_step_where_determinism_is_asked_for(name):
         torch.use_deterministic_algorithms(False)
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+
+
+def test_a_device_without_float64_has_its_predictions_counted_on_the_cpu():
+    assert counting_device(torch.device("mps")) == torch.device("cpu")
+    assert counting_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
 def two_convolutions(name, num_classes, in_channels=3, **options):

@@ -91,6 +91,11 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
+def counting_device(device: torch.device) -> torch.device:
+    """Where predictions made on a device are counted: there, or on the CPU for mps, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def describe_device(device: torch.device) -> str:
     """The device in words: the GPU's name and memory, or the CPU's threads."""
     if device.type == "cuda":

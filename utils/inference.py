@@ -179,11 +179,12 @@ def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator
     height, width, last = box.original_height, box.original_width, box.height - 1
     rows = max(1, elements // (len(inner) * width))
     for top in range(0, height, rows):
-        at = torch.arange(top, min(height, top + rows), dtype=torch.float64, device=inner.device)
+        at = torch.arange(top, min(height, top + rows), dtype=torch.float64)  # which mps does not have
         at = ((at + 0.5) * (box.height / height) - 0.5).clamp_(0, last)
         above = at.long()
         below = (above + 1).clamp_(max=last)
-        strip = torch.lerp(inner[:, above], inner[:, below], (at - above).float()[:, None])
+        above, below, share = (t.to(inner.device) for t in (above, below, (at - above).float()[:, None]))
+        strip = torch.lerp(inner[:, above], inner[:, below], share)
         yield top, 0, _resized(strip[None], (len(at), width))[0]
 
 
