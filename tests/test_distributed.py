@@ -63,25 +63,11 @@ def test_two_processes_score_and_step_as_one_does(settings, tmp_path):
         assert torch.allclose(value.float(), two["model"][name].float(), atol=1e-4), name
 
 
-def torchrun(data, tmp_path, *more):
-    flags = f"--data_root {data} --output_dir {tmp_path}/runs --run_name run --num_classes 2 --image_size 32"
-    flags += " --base_channels 4 --batch_size 4"
-    launcher = [importlib.util.find_spec("torch.distributed.run").origin, "--nproc_per_node", "2"]
-    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return [*launcher, "train.py", *flags.split(), *more]
-
-
-def test_torchrun_makes_one_run_with_one_writer(data, tmp_path):
-    command = torchrun(data, tmp_path, "--epochs", "2")
-    code, printed, errors = doors.run(command, doors.ROOT, tmp_path / "printed")
-    assert code == 0, errors[-3000:]
-    assert printed.count("Epoch 2/2") == 1
-    assert [path.name for path in (tmp_path / "runs").iterdir() if path.name != ".cache"] == ["run"]
-    assert (tmp_path / "runs" / "run" / "report.png").exists()
-
-
 def test_ctrl_c_on_torchrun_saves_and_one_process_says_how_to_go_on(data, tmp_path):
-    command = torchrun(data, tmp_path, "--epochs", "10000", "--cache", "off", "--num_workers", "1")
+    launch = "--nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0 train.py"
+    small = "--num_classes 2 --image_size 32 --base_channels 4 --batch_size 4 --cache off --num_workers 1"
+    run = f"--data_root {data} --output_dir {tmp_path}/runs --run_name run --epochs 10000"
+    command = [importlib.util.find_spec("torch.distributed.run").origin, *f"{launch} {small} {run}".split()]
     launcher, printed = doors.start(command, doors.ROOT, tmp_path / "log"), tmp_path / "log.out"
     while launcher.is_alive() and not (printed.exists() and "Epoch 2/" in printed.read_text()):
         time.sleep(0.05)

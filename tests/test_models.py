@@ -10,10 +10,9 @@ import doors
 import pytest
 import torch
 from torch import nn
-from torch.export import Dim
 
 from models import FCN, MODELS, DeepLabV3Plus, PSPNet, SegNet, UNet, build_model
-from models.backbones import RESNETS, VGGS
+from models.backbones import VGGS
 from models.fcn import Score
 from models.layers import AtrousConv2d, MergingConv2d, PooledBatchNorm2d, SeparableConvBNReLU
 
@@ -28,16 +27,16 @@ SMALL = {  # cheap settings; a network without an entry is tested with its defau
 VARIANTS = [
     *[("unet", {"bilinear": bilinear}) for bilinear in (False, True)],
     *[
-        ("deeplabv3plus", {"backbone": backbone, "output_stride": stride, "separable": separable})
-        for backbone in RESNETS
+        (name, {"backbone": backbone, "output_stride": stride, choice: chosen})
+        for name, choice in (("deeplabv3plus", "separable"), ("pspnet", "aux"))
+        for backbone in ("resnet18", "resnet50")  # one of each kind of block
         for stride in (8, 16)
-        for separable in (False, True)
+        for chosen in (False, True)
     ],
     *[
-        ("pspnet", {"backbone": backbone, "output_stride": stride, "aux": aux})
-        for backbone in RESNETS
-        for stride in (8, 16)
-        for aux in (False, True)
+        (name, {"backbone": deep})
+        for name in ("deeplabv3plus", "pspnet")
+        for deep in ("resnet34", "resnet101")
     ],
     *[("fcn", {"backbone": vgg, "variant": variant}) for vgg in VGGS for variant in ("8s", "16s", "32s")],
     ("segnet", {}),
@@ -186,27 +185,10 @@ def test_a_state_dict_makes_an_equal_model(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14),
-    reason="an older torch.export keeps to sizes that pool evenly (seen with 2.10)",
-)
-@pytest.mark.filterwarnings("ignore")
-def test_an_exported_model_takes_any_batch_height_and_width(name):
-    model = small_model(name).eval()
-    dynamic = {0: Dim("batch"), 2: Dim("height", min=33), 3: Dim("width", min=33)}
-    exported = torch.export.export(model, (pictures(2, 3, 64, 96),), dynamic_shapes=(dynamic,)).module()
-    for size in ((1, 3, 33, 64), (3, 3, 65, 47)):
-        with torch.no_grad():
-            torch.testing.assert_close(
-                exported(pictures(*size)), model(pictures(*size)), rtol=1e-4, atol=1e-5
-            )
-
-
-@pytest.mark.parametrize("name", MODELS)
 def test_a_compiled_model_is_one_graph_with_the_same_logits(name):
     torch.compiler.reset()
     model = small_model(name).eval()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
     with torch.no_grad():
         torch.testing.assert_close(compiled(pictures(2, 3, 33, 65)), model(pictures(2, 3, 33, 65)))
     compiled.train()(pictures(1, 3, 32, 32))  # the branch for a pooled map of one value

@@ -108,9 +108,13 @@ def test_the_commands_run_in_their_order_and_the_first_reaches_080(copy):
         elif "train.py" in line:
             for flag in ("--epochs 1", "--image_size 64", "--batch_size 20"):
                 line += f" {flag}" if flag.split()[0] not in line else ""
-        code, printed, errors = (run_torchrun if line.startswith("torchrun") else run)(line, copy)
+        several, before = line.startswith("torchrun"), {*(copy / "runs").iterdir()}
+        code, printed, errors = (run_torchrun if several else run)(line, copy)
         assert code == 0, f"{line}\n{printed[-2000:]}{errors[-2000:]}"
         assert "Traceback" not in errors
+        if several:  # one run, with one writer
+            (made,) = {*(copy / "runs").iterdir()} - before
+            assert (made / "report.png").exists() and printed.count("Epoch 1/1") == 1
         if line == "python predict.py":
             assert len(list((copy / "predictions" / "masks").glob("*.png"))) == 3
             assert len(list((copy / "predictions" / "overlays").glob("*.png"))) == 3
