@@ -405,6 +405,10 @@ def report(work: Work, done: list[Done], seconds: float) -> None:
         scores = total.scores()
         print(f"against the truth: {mean_scores(scores)}")
         print(class_table(names, scores))
+        absent = [name for name, pixels in zip(names, total.counts.sum(1), strict=True) if not pixels]
+        if absent:  # as where a truth of 0 and 255 meets a network that learned 0 and 1
+            nowhere = f"{work.info.ignore_index} in it counts nowhere, as in training"
+            print(f"the truth has no pixel of {', '.join(absent)}; {nowhere}")
     overlays = f", overlays to {output / 'overlays'}" if work.args.overlay else ""
     print(f"wrote {len(done)} masks to {output / 'masks'}{overlays}; {len(done) / seconds:.1f} pictures/s")
 

@@ -211,6 +211,18 @@ def test_a_picture_whose_truth_is_all_ignored_comes_last_of_the_scores(args, dat
     assert [row["mean_iou"] == "" for row in scores] == [False, False, True]
 
 
+def test_a_truth_of_0_and_255_for_a_network_of_0_and_1_is_told_to_lack_a_class(args, data, capsys):
+    given = args(truth=str(data / "val" / "masks"))
+    predict.main(given)
+    assert "no pixel of" not in capsys.readouterr().out
+    for path in (data / "val" / "masks").iterdir():
+        Image.fromarray(np.uint8(255) * (np.asarray(Image.open(path)) > 0)).save(path)
+    predict.main(given)
+    assert "the truth has no pixel of class_1; 255 in it counts nowhere, as in training" in (
+        capsys.readouterr().out
+    )
+
+
 def test_probabilities_are_written_and_their_argmax_is_the_mask(args, tmp_path):
     predict.main(args({"amp": "off"}, probabilities=True))
     found = np.load(tmp_path / "out" / "probabilities" / "p0.npz")["probabilities"]
