@@ -321,7 +321,13 @@ def ids_of(work: Work, blocks: Iterable[tuple[int, int, Tensor]], size: Sequence
     return joined(((top, left, ids(block)) for top, left, block in blocks), size).numpy()
 
 
-def finish(work: Work, index: int, ids: np.ndarray, picture=None, probabilities=None) -> Done:
+def finish(
+    work: Work,
+    index: int,
+    ids: np.ndarray,
+    picture: np.ndarray | None = None,
+    probabilities: np.ndarray | None = None,
+) -> Done:
     """Count the pixels of each class, compare them with the truth where it is given, and write all.
 
     Raises:
@@ -345,7 +351,9 @@ def finish(work: Work, index: int, ids: np.ndarray, picture=None, probabilities=
     return done
 
 
-def save(work: Work, index: int, ids: np.ndarray, picture=None, probabilities=None) -> None:
+def save(
+    work: Work, index: int, ids: np.ndarray, picture: np.ndarray | None, probabilities: np.ndarray | None
+) -> None:
     """Write a mask (H, W), its overlay on a picture (h, w, C), and float16 probabilities (classes, H, W)."""
     info = work.info
 

@@ -87,7 +87,9 @@ class SampleCache:
             file.write(data)
 
 
-def open_cache(setting: str, cache_dir, key: str, lengths: list[int]) -> tuple[SampleCache | None, str]:
+def open_cache(
+    setting: str, cache_dir: str | Path | None, key: str, lengths: list[int]
+) -> tuple[SampleCache | None, str]:
     """Open the cache that `setting` asks for.
 
     Args:

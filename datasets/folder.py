@@ -4,8 +4,10 @@ import hashlib
 import json
 import math
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -59,7 +61,7 @@ class SegmentationDataset:
         images, masks = self.batch([key])
         return images[0], masks[0]
 
-    def batch(self, keys) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, keys: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Training samples of (epoch, index) keys: images (N, C, h, w) uint8, masks (N, h, w)."""
         assert not self.evaluation
         size = self.image_size
@@ -92,7 +94,7 @@ class SegmentationDataset:
         image = torch.from_numpy(np.moveaxis(image, 2, 0).copy())
         return image, box, torch.from_numpy(mask.astype(self.encoding.dtype))
 
-    def use_cache(self, setting: str, cache_dir) -> str:
+    def use_cache(self, setting: str, cache_dir: str | Path | None) -> str:
         """Keep decoded samples as `cache.open_cache` decides; one line that says how."""
         fitted = [self.image_size, self.resize, self.in_channels, self.ignore_index, self.evaluation]
         files = [[str(pair.image.absolute()), str(pair.mask.absolute()), pair.stamp] for pair in self.pairs]
@@ -103,7 +105,7 @@ class SegmentationDataset:
         self.cache, line = open_cache(setting, cache_dir, key, lengths)
         return line
 
-    def fill_cache(self, progress=None, rank: int = 0, world_size: int = 1) -> None:
+    def fill_cache(self, progress: Callable | None = None, rank: int = 0, world_size: int = 1) -> None:
         """Decode now, on all threads, what the cache lacks; what is not decoded now is when it is first used.
 
         Args:
@@ -152,7 +154,7 @@ class SegmentationDataset:
             raise DataError(f"{pair.mask}: {error} A file changed since the check; start again.") from None
         return image, mask.astype(self._stored)
 
-    def _map(self, function, items, threads: int | None):
+    def _map(self, function: Callable, items: Sequence, threads: int | None) -> Iterator:
         """Lazy map over threads, in the order of `items`; each of torch's operations takes one core.
 
         The threads end with the map: as long as another thread that used OpenMP lives, OpenMP takes the

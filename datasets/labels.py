@@ -8,10 +8,13 @@ of all splits together.
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from PIL import Image
+
+Colours = Sequence[tuple[int, int, int]]  # (r, g, b) a class
 
 UNKNOWN = np.iinfo(np.int64).min  # class id of a raw value without one; colour of a value that is no grey
 NEAR = 40  # how far damage (JPEG, smoothing) moves most of the values that it moves
@@ -167,7 +170,7 @@ def pack(rgb: np.ndarray) -> np.ndarray:
     return rgb[..., 0].astype(np.int32) << 16 | rgb[..., 1].astype(np.int32) << 8 | rgb[..., 2]
 
 
-def pack_all(colours) -> list[int]:
+def pack_all(colours: Colours | None) -> list[int]:
     """(r, g, b), ... or None, as 0xRRGGBB."""
     return pack(np.array(colours or [], np.uint8).reshape(-1, 3)).tolist()
 
@@ -177,10 +180,10 @@ def pack_greys(values: np.ndarray) -> np.ndarray:
     return np.where((values >= 0) & (values <= 255), values.astype(np.int64) * 0x010101, UNKNOWN)
 
 
-def nearest(raws: np.ndarray, known, colours: bool) -> tuple[np.ndarray, np.ndarray]:
+def nearest(raws: np.ndarray, known: Iterable[int], colours: bool) -> tuple[np.ndarray, np.ndarray]:
     """For each of raws (N,) the nearest known one, of equally near ones the first, and how far it is."""
 
-    def points(raws):
+    def points(raws: np.ndarray) -> np.ndarray:
         return raws[:, None] >> [16, 8, 0] & 255 if colours else raws[:, None]
 
     raws, known = raws.astype(np.int64), np.array(list(known), np.int64)
@@ -226,7 +229,11 @@ class MaskStats:
 
 
 def choose_encoding(
-    masks: list[MaskStats], num_classes: int, ignore_index: int, labels: str = "auto", class_colors=None
+    masks: list[MaskStats],
+    num_classes: int,
+    ignore_index: int,
+    labels: str = "auto",
+    class_colors: Colours | None = None,
 ) -> tuple[Encoding, list[str]]:
     """The one encoding of all masks of all splits, and warnings about it.
 
@@ -255,7 +262,13 @@ def choose_encoding(
 
 
 def _choose(
-    masks, counts: Counter, colours: bool, num_classes: int, ignore_index: int, wanted: LabelMap, declared
+    masks: list[MaskStats],
+    counts: Counter,
+    colours: bool,
+    num_classes: int,
+    ignore_index: int,
+    wanted: LabelMap,
+    declared: list[int],
 ) -> tuple[Encoding, list[str]]:
     """As `choose_encoding`; what is wrong is said without what the masks hold."""
     table, warnings, palette = dict(wanted.table), [], ()
@@ -304,7 +317,9 @@ def _choose(
     return encoding, warnings[:1]
 
 
-def _find_values(masks, counts: Counter, num_classes: int, ignore_index: int, snap: bool) -> tuple[str, dict]:
+def _find_values(
+    masks: list[MaskStats], counts: Counter, num_classes: int, ignore_index: int, snap: bool
+) -> tuple[str, dict]:
     """Class indices, or 0 and 255, from all values of all masks."""
     indices: dict[int, int | None] = {i: i for i in range(num_classes)}
     if ignore_index >= 0:

@@ -20,7 +20,7 @@ STRIP = 2**22  # pixels of a strip
 AS_IS = (("RGB", 3), ("L", 1), ("L", 3))  # mode and channels: resizing and converting may change places
 
 
-def picture_size(path) -> tuple[int, int]:
+def picture_size(path: str | Path) -> tuple[int, int]:
     """Height and width of a picture, EXIF applied, from the file's head alone.
 
     Raises:
@@ -51,7 +51,7 @@ class LargePicture:
         DataError: unreadable, truncated or too large, by any method; the message names the file.
     """
 
-    def __init__(self, path, in_channels: int):
+    def __init__(self, path: str | Path, in_channels: int):
         self.path, self.in_channels = Path(path), in_channels
         self._picture = self._array = None
 
@@ -69,7 +69,7 @@ class LargePicture:
             self.size = self._array.shape[:2]
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object):
         if self._picture:
             self._picture.close()
         self._picture = self._array = None
@@ -88,7 +88,7 @@ class LargePicture:
         for top in range(0, self.size[0], step):
             yield top, self.rows(top, min(self.size[0], top + step))
 
-    def fitted(self, image_size, resize: str) -> tuple[np.ndarray, Box]:
+    def fitted(self, image_size: tuple[int, int], resize: str) -> tuple[np.ndarray, Box]:
         """As `reading.load_fitted` gives it: uint8 (h, w, C), and where the picture lies in it."""
         if self._picture and self._is_jpeg:  # decoded smaller
             return load_fitted(self.path, self.in_channels, image_size, resize)[:2]
@@ -130,7 +130,7 @@ class LargeMask(LargePicture):
         damage: as `reading.load_mask` gives it; known within `with`.
     """
 
-    def __init__(self, path, as_colours: bool = False):
+    def __init__(self, path: str | Path, as_colours: bool = False):
         super().__init__(path, 0)
         self.as_colours, self.damage = as_colours, ""
 

@@ -87,7 +87,9 @@ def pair_split(
     return [(image, masks[stem]) for stem, image in wanted.items() if stem in masks]
 
 
-def pair_truth(images: list[Path], truth_folder, mask_suffix: str, encoding: Encoding) -> list[Path]:
+def pair_truth(
+    images: list[Path], truth_folder: str | Path, mask_suffix: str, encoding: Encoding
+) -> list[Path]:
     """The mask of each picture in `truth_folder`, by stem, for scoring predictions.
 
     Raises:

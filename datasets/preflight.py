@@ -9,6 +9,7 @@ import json
 import math
 import zlib
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from .labels import (
     RARE,
     UNKNOWN,
+    Colours,
     Encoding,
     MaskStats,
     choose_encoding,
@@ -72,17 +74,17 @@ class DataReport:
 
 
 def check_data(
-    root,
+    root: str | Path,
     *,
     num_classes: int,
     ignore_index: int = 255,
-    class_names=None,
-    class_colors=None,
+    class_names: Sequence[str] | None = None,
+    class_colors: Colours | None = None,
     in_channels: int = 3,
     labels: str = "auto",
     mask_suffix: str = "",
-    cache_dir=None,
-    progress=None,
+    cache_dir: str | Path | None = None,
+    progress: Callable | None = None,
 ) -> DataReport:
     """Check root/{train,val}/{images,masks} whole.
 
@@ -151,7 +153,9 @@ def check_data(
     )
 
 
-def _look_at(files: list[Path], memory: Path | None, in_channels, snap_to, progress) -> dict[Path, dict]:
+def _look_at(
+    files: list[Path], memory: Path | None, in_channels: int, snap_to: list[int], progress: Callable | None
+) -> dict[Path, dict]:
     """What there is to know of each file, from memory where size and time are as they were."""
     stamps = {file: _stamp(file) for file in files}
     known = _recall(memory)
@@ -259,7 +263,9 @@ def _match(image: Path, mask: Path, found: dict, problems: Problems) -> Pair | N
     return None
 
 
-def _count_classes(mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, problems: Problems):
+def _count_classes(
+    mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, problems: Problems
+) -> list[int]:
     """Pixels of each class in one mask; what has no class, or nothing but ignored pixels, is a problem."""
     counts, strays, colours = [0] * encoding.num_classes, Counter(), encoding.as_colours
     for raw, count in zip(stats.read_as(colours), stats.counts, strict=True):

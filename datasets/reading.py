@@ -10,6 +10,7 @@ grey page a channel.
 import glob
 import os
 import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -39,7 +40,7 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith((".", "~$")) or path.name.lower() in SYSTEM_FILES
 
 
-def _pictures(paths) -> list[Path]:
+def _pictures(paths: Iterable[Path]) -> list[Path]:
     """Those that are named as pictures and not hidden, in natural order."""
     found = [path for path in paths if path.suffix.lower() in SUFFIXES and not is_hidden(path)]
     return sorted(found, key=lambda path: natural_key(path.as_posix()))
@@ -54,7 +55,7 @@ def list_pictures(folder: Path, recursive: bool = False) -> list[Path]:
     return _pictures(paths)
 
 
-def find_images(path, recursive: bool = False) -> list[Path]:
+def find_images(path: str | Path, recursive: bool = False) -> list[Path]:
     """The pictures meant by a file, a folder, or a pattern such as 'photos/*.jpg', in natural order.
 
     Raises:
@@ -74,7 +75,7 @@ def find_images(path, recursive: bool = False) -> list[Path]:
     return found
 
 
-def read_image(path, in_channels: int = 3) -> np.ndarray:
+def read_image(path: str | Path, in_channels: int = 3) -> np.ndarray:
     """Read a picture as uint8 (H, W, in_channels), turned as its EXIF tag says.
 
     Args:
@@ -88,7 +89,10 @@ def read_image(path, in_channels: int = 3) -> np.ndarray:
 
 
 def load_image(
-    path, in_channels: int, reduce_to=None, data: bytes | None = None
+    path: str | Path,
+    in_channels: int,
+    reduce_to: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+    data: bytes | None = None,
 ) -> tuple[np.ndarray, tuple[int, int], int]:
     """As `read_image`, and the full (height, width) after EXIF, which a reduced JPEG no longer shows.
 
@@ -120,7 +124,9 @@ def load_image(
             return array, size or array.shape[:2], orientation
 
 
-def load_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.ndarray, Box, np.ndarray]:
+def load_fitted(
+    path: str | Path, in_channels: int, image_size: tuple[int, int], resize: str
+) -> tuple[np.ndarray, Box, np.ndarray]:
     """A picture as the network sees it, in training and in prediction.
 
     Returns:
@@ -135,7 +141,7 @@ def load_fitted(path, in_channels: int, image_size, resize: str) -> tuple[np.nda
     return *fit(picture, image_size, resize, size), picture
 
 
-def read_mask(path, as_colours: bool = False) -> np.ndarray:
+def read_mask(path: str | Path, as_colours: bool = False) -> np.ndarray:
     """Read a mask as its raw values, (H, W) integers, or (H, W, 3) uint8 where the file holds colours.
 
     Args:
@@ -149,7 +155,7 @@ def read_mask(path, as_colours: bool = False) -> np.ndarray:
 
 
 def load_mask(
-    path, as_colours: bool = False, data: bytes | None = None
+    path: str | Path, as_colours: bool = False, data: bytes | None = None
 ) -> tuple[np.ndarray, list[int] | None, str]:
     """As `read_mask`, and what else preflight asks of the file; `data` are its bytes, where at hand.
 
@@ -173,7 +179,7 @@ def load_mask(
 
 
 @contextmanager
-def _naming(path: Path):
+def _naming(path: Path) -> Iterator[None]:
     """Errors about a file's content name the file."""
     try:
         yield

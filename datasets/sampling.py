@@ -2,12 +2,16 @@
 
 import signal
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from .transforms import generator_for
+
+Batch = tuple[Tensor, Tensor]  # images, masks
 
 ORDER = 2**32 - 1  # the place of the order among an epoch's generators, which samples never reach
 
@@ -62,14 +66,14 @@ class Loader:
             beside the current step. (On a CPU that would only take the step's cores.)
     """
 
-    def __init__(self, dataset, num_workers: int = 0, pin_memory: bool = False):
+    def __init__(self, dataset: Dataset, num_workers: int = 0, pin_memory: bool = False):
         self.dataset = dataset
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self._keys: list[list[tuple[int, int]]] = []  # of this epoch; only the main process reads them
         self._workers = None
 
-    def epoch(self, batches: list[list[int]], epoch: int, start_step: int = 0):
+    def epoch(self, batches: list[list[int]], epoch: int, start_step: int = 0) -> Iterator[tuple]:
         """Yield (images, masks, indices) for each batch from `start_step` on."""
         todo = batches[start_step:]
         keys = [[(epoch, index) for index in batch] for batch in todo]
@@ -88,10 +92,10 @@ class Loader:
             for worker in iterator._workers:
                 worker.kill()  # one that hangs; Python would wait for it at its end
 
-    def _ahead(self, keys):
+    def _ahead(self, keys: list[list[tuple[int, int]]]) -> Iterator[Batch]:
         """Batches made by a thread, two of them before they are asked for."""
 
-        def make(batch):
+        def make(batch: list[tuple[int, int]]) -> Batch:
             images, masks = self.dataset.batch(batch)
             return images.pin_memory(), masks.pin_memory()
 
@@ -107,7 +111,7 @@ class Loader:
         finally:
             maker.shutdown(cancel_futures=True)
 
-    def _from_workers(self, keys):
+    def _from_workers(self, keys: list[list[tuple[int, int]]]) -> Iterator[Batch]:
         self._keys[:] = keys
         if self._workers is None:
             self._workers = DataLoader(

@@ -7,10 +7,13 @@ picture is `ignore_index` in the mask and a grey near the mean in the image: abo
 convolutions pad.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+
+Size = tuple[int, int]  # (height, width)
 
 OUTSIDE = 116  # ImageNet's mean green; the other two means lie within 8
 
@@ -48,7 +51,9 @@ def place(original: tuple[int, int], image_size: tuple[int, int], resize: str) -
     return Box((image_size[0] - height) // 2, (image_size[1] - width) // 2, height, width, *original)
 
 
-def fit(image: np.ndarray, image_size, resize: str, original=None) -> tuple[np.ndarray, Box]:
+def fit(
+    image: np.ndarray, image_size: Size, resize: str, original: Size | None = None
+) -> tuple[np.ndarray, Box]:
     """Bring a whole picture, uint8 (H, W, C), to the network's input: antialiased bilinear, padded.
 
     `original` is the file's (H, W) where `image` is a JPEG that was reduced while decoding.
@@ -57,7 +62,9 @@ def fit(image: np.ndarray, image_size, resize: str, original=None) -> tuple[np.n
     return _frame(resize_image(image, (box.height, box.width)), box, image_size, resize, OUTSIDE), box
 
 
-def fit_mask(mask: np.ndarray, image_size, resize: str, ignore_index: int, encode=None) -> np.ndarray:
+def fit_mask(
+    mask: np.ndarray, image_size: Size, resize: str, ignore_index: int, encode: Callable | None = None
+) -> np.ndarray:
     """Bring class ids (H, W) to the same frame as `fit` does the picture, by nearest neighbour.
 
     `encode` makes ids of raw values, here and not before: of a large mask few values are left to look up.
@@ -67,7 +74,7 @@ def fit_mask(mask: np.ndarray, image_size, resize: str, ignore_index: int, encod
     return _frame(encode(content) if encode else content, box, image_size, resize, ignore_index)
 
 
-def _frame(content: np.ndarray, box: Box, image_size, resize: str, fill: int) -> np.ndarray:
+def _frame(content: np.ndarray, box: Box, image_size: Size, resize: str, fill: int) -> np.ndarray:
     if resize != "letterbox":
         return content
     framed = np.full((*image_size, *content.shape[2:]), fill, content.dtype)
@@ -84,7 +91,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.dstack(pictures)
 
 
-def resize_mask(mask: np.ndarray, size: tuple[int, int], flips=(False, False)) -> np.ndarray:
+def resize_mask(mask: np.ndarray, size: Size, flips: tuple[bool, bool] = (False, False)) -> np.ndarray:
     """The value under each new pixel's centre, then flipped (upside down, left to right)."""
     if mask.shape[:2] == tuple(size) and not any(flips):
         return mask
@@ -161,7 +168,7 @@ def rotation(angle: float, output: tuple[int, int]) -> np.ndarray:
     return np.array([[cos, -sin, x - cos * x + sin * y], [sin, cos, y - sin * x - cos * y], [0, 0, 1]])
 
 
-def zoom(scale: float, corner) -> np.ndarray:
+def zoom(scale: float, corner: Sequence[float]) -> np.ndarray:
     """3x3 matrix that looks through a window at `corner` (x, y) of the source, enlarged by `scale`."""
     return np.array([[1 / scale, 0, corner[0]], [0, 1 / scale, corner[1]], [0, 0, 1]])
 

@@ -9,12 +9,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy import ndarray
 
 from .transforms import OUTSIDE, Move, resize_mask
 
 
 def apply_move(
-    image: np.ndarray, mask: np.ndarray, move: Move, out_image, out_mask, ignore_index: int
+    image: ndarray, mask: ndarray, move: Move, out_image: ndarray, out_mask: ndarray, ignore_index: int
 ) -> None:
     """Move an image, uint8 (H, W, C), and a mask, ids (H, W), into two arrays, (C, h, w) and (h, w).
 
@@ -42,7 +43,9 @@ def apply_move(
     out_image[:, shown[0], shown[1]] = pixels
 
 
-def _turn(image: np.ndarray, mask: np.ndarray, move: Move, out_image, out_mask, ignore_index: int) -> None:
+def _turn(
+    image: ndarray, mask: ndarray, move: Move, out_image: ndarray, out_mask: ndarray, ignore_index: int
+) -> None:
     """Through the move's matrix."""
     image, mask, matrix = _cut(image, mask, move.matrix, out_mask.shape)
     grid = _grid(matrix, mask.shape, out_mask.shape)
@@ -72,7 +75,9 @@ def jitter(pixels: torch.Tensor, brightness: float, contrast: float, saturation:
     return torch.add(grey, pixels, alpha=gain * saturation, out=pixels).clamp_(0, 255)
 
 
-def _cut(image: np.ndarray, mask: np.ndarray, matrix: np.ndarray, output):
+def _cut(
+    image: ndarray, mask: ndarray, matrix: ndarray, output: tuple[int, int]
+) -> tuple[ndarray, ndarray, ndarray]:
     """The part of the source that a move can touch, and the matrix for it."""
     corners = [[x, y, 1] for x in (0, output[1]) for y in (0, output[0])] @ matrix.T
     size = np.array(mask.shape[::-1])
@@ -88,7 +93,7 @@ def _centres(output: tuple[int, int]) -> torch.Tensor:
     return torch.stack([x, y, torch.ones(output)], dim=2).view(-1, 3)
 
 
-def _grid(matrix: np.ndarray, source: tuple[int, int], output: tuple[int, int]) -> torch.Tensor:
+def _grid(matrix: ndarray, source: tuple[int, int], output: tuple[int, int]) -> torch.Tensor:
     """Where each output pixel comes from, in grid_sample's coordinates: -1..1 from edge to edge."""
     to_grid = matrix * np.array([[2 / source[1]], [2 / source[0]]])
     to_grid[:, 2] -= 1

@@ -526,7 +526,7 @@ def test_a_written_mask_reads_back_as_the_ids_of_the_network(tmp_path, num_class
     info = SimpleNamespace(palette=[[0, 0, 0]] * num_classes)
     ids = predicted_ids(logits)[0].numpy()
     work = predict.Work(Args(output=str(tmp_path)), info, None, None, None, [Path("a.jpg")], ["a"], [])
-    predict.save(work, 0, ids)
+    predict.save(work, 0, ids, None, None)
     assert np.array_equal(np.array(Image.open(tmp_path / "masks" / "a.png")), logits.argmax(1)[0].numpy())
 
 

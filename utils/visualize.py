@@ -188,7 +188,7 @@ def draw_report(
     """
     height = min(780, max(430, 110 + 20 * len(counts)))  # of bars and matrix, below the curves' 300
 
-    def draw(figure):
+    def draw(figure: Any) -> None:
         above, below = figure.subfigures(2, 1, height_ratios=(300, height))
         _draw_lines(above, rows, plan)
         bars, matrix = below.subplots(1, 2, width_ratios=(1, 1.15))
