@@ -246,7 +246,8 @@ class SegmentationLoss(nn.Module):
             own = self.denominator(masks).to(dtype)
             total = own if denominator is None else torch.zeros_like(own).add_(denominator)
             total = torch.where(total > 0, total, 1.0)
-            loss, pixel, dice = _SoftmaxLoss.apply(logits, masks, total, own / total, self)
+            share = torch.ones_like(own) if denominator is None else own / total
+            loss, pixel, dice = _SoftmaxLoss.apply(logits, masks, total, share, self)
         except (IndexError, RuntimeError) as error:  # torch looks at every label in passing
             if "out of bounds" not in str(error):
                 raise

@@ -275,6 +275,14 @@ def test_dice_of_a_micro_batch_enters_by_its_part_of_the_valid_pixels():
     torch.testing.assert_close(loss_fn(logits, masks, denominator=4 * own), loss_fn(logits, masks) / 4)
 
 
+def test_a_class_of_weight_0_is_no_reason_to_leave_dice_out():
+    logits, masks = torch.randn(1, 3, 8, 8, requires_grad=True), torch.zeros(1, 8, 8, dtype=torch.long)
+    joint = build_loss("joint", joint_ce="weighted_ce", class_weights=[0.0, 1.0, 1.0])
+    joint(logits, masks).backward()
+    torch.testing.assert_close(joint.terms["dice"], build_loss("dice")(logits.detach(), masks))
+    assert logits.grad.abs().max() > 0
+
+
 def test_dice_does_not_depend_on_ignored_pixels_or_absent_classes():
     logits, masks = batch()
     value = build("dice")(logits, masks)
