@@ -139,7 +139,19 @@ def build_network(config: Config, fresh: bool) -> nn.Module:
     if fresh and config.init_from:
         checkpoint = read_checkpoint(config.init_from)
         skipped = files.load_fitting(model, checkpoint.get("ema") or checkpoint["model"])
-        print("\n  ".join([f"weights from {config.init_from}, {len(skipped)} skipped", *skipped]))
+        own, left = [*model.state_dict()], {line.split(":")[0] for line in skipped}
+        missing = [name for name in own if name in left]
+        remedy = f"Give a checkpoint of {config.model}"
+        if len(missing) == len(own):
+            raise ValueError(
+                f"init_from {config.init_from}: none of its weights fits {config.model}. {remedy}"
+            )
+        frozen = [name for name in missing if config.freeze_backbone and name.startswith("backbone.")]
+        if frozen and config.pretrained == "none":
+            found = f"freeze_backbone: {frozen[0]} is not in it, or of another shape"
+            raise ValueError(f"init_from {config.init_from}, {found}. {remedy} with this backbone")
+        loaded = f"{len(own) - len(missing)} of {len(own)} loaded, {len(skipped)} skipped"
+        print("\n  ".join([f"weights from {config.init_from}: {loaded}", *skipped]))
     return model
 
 

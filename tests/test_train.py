@@ -263,6 +263,24 @@ def test_weights_of_another_run_are_taken_over_where_they_fit(settings, capsys, 
     assert "(2, 4, 1, 1) there, (3, 4, 1, 1) here" in printed
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "pspnet", "backbone": "resnet18", "base_channels": 16}, "none of its weights fits pspnet"),
+        ({"model": "segnet", "base_channels": 4, "freeze_backbone": True}, "backbone.* is not in it"),
+    ],
+)
+def test_weights_that_do_not_fit_at_all_are_refused(settings, finished, monkeypatch, changes, words):
+    checkpoint = finished[1] / "best.pt"
+    if "freeze_backbone" in changes:  # of which something else than the backbone fits
+        content = read_checkpoint(checkpoint)
+        content["model"] = {"decoder1.0.bias": torch.zeros(4)}
+        monkeypatch.setattr(train, "read_checkpoint", lambda _: content)
+    with pytest.raises(Fail, match=words):
+        train.main(settings(init_from=str(checkpoint), **changes))
+    assert not Path(settings().output_dir, "run").exists()
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_one_run_name_is_one_run(settings, finished):
     with pytest.raises(Fail, match="'finished' exists"):
