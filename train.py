@@ -215,7 +215,8 @@ def build(
     groups = config.pick("weight_decay", "momentum", "backbone_lr_scale")
     run.optimizer = build_optimizer(model, config.optimizer, config.learning_rate, **groups)
     run.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    steps_per_epoch = len(epoch_batches(len(run.train_set), config.batch_size, config.seed, epoch=0))
+    order = (len(run.train_set), config.batch_size, config.seed, 0)
+    steps_per_epoch = len(epoch_batches(*order, processes.rank, processes.world_size))
     lengths = {"steps_per_epoch": steps_per_epoch, "epochs": config.epochs}
     options = config.pick("step_size", "step_gamma", "poly_power", "plateau_factor", "plateau_patience")
     options["warmup_steps"] = min(config.warmup_steps, steps_per_epoch * config.epochs // 2)

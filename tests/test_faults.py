@@ -278,6 +278,14 @@ def test_where_one_of_two_processes_ends_the_other_says_so_and_the_run_goes_on_w
     assert (folder / "report.png").exists()
 
 
+def test_more_processes_than_a_batch_has_pictures_are_refused_before_anything_is_written(settings, tmp_path):
+    ranks = start_ranks(settings(batch_size=1), tmp_path, 0, [None, None])
+    assert [ended(process) for process in ranks] == [2, 2]
+    said = (tmp_path / "log0").read_text()
+    assert "error: 6 samples in batches of 1 cannot be shared by 2 processes" in said
+    assert "Traceback" not in said and not (Path(settings().output_dir) / "run").exists()
+
+
 def stop_in_validation(run):
     """A signal comes while the next picture is validated."""
     original = run.val_set.evaluation_item
