@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(seconds=60)  # a process that is gone is noticed after this
+# Of a wait for another process, which may be at work alone: data on a slow disk, a large checkpoint. One that
+# has died is noticed at once, by gloo or by torchrun, which ends the others.
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,7 @@ def explain(error: Exception, device: torch.device, folder: Path | None, memory_
         return f"{peak}. Free some, then {go_on}; or start anew{weights} with {memory_savers}"
     if is_lost(error):
         reason = first_line.split("] ", 1)[-1].split(". ")[0]  # without gloo's file and its good wishes
-        return f"another process of this run has ended: {reason}. Mend what ended it, then {go_on}"
+        return f"another process of this run has ended, or is stuck: {reason}. Mend that, then {go_on}"
     if "DataLoader worker" in first_line:
         return f"{first_line}. Where memory ran out, take fewer num_workers; then {go_on}"
     return f"{error}. Mend that, then {go_on}" if isinstance(error, (ValueError, OSError)) else None
