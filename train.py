@@ -221,8 +221,6 @@ def build(
     options = config.pick("step_size", "step_gamma", "poly_power", "plateau_factor", "plateau_patience")
     options["warmup_steps"] = min(config.warmup_steps, steps_per_epoch * config.epochs // 2)
     run.schedule = Schedule(run.optimizer, config.scheduler, **lengths, **options)
-    plan = [(step / steps_per_epoch, rate) for step, rate in enumerate(run.schedule.plan(), start=1)]
-    run.rate_plan = plan[:: -max(1, len(plan) // 500)]  # backwards, so that the end is there
 
     run.folder, run.progress, run.best, run.clock = Path(), Progress(), None, Clock()
     run.stop, run.saved_at = StopSignal(quiet=not processes.is_main), time.monotonic()
@@ -244,6 +242,9 @@ def start(run: Run) -> None:
     if (run.folder / END_MARK).exists():  # a finished run that was given more epochs
         (run.folder / END_MARK).unlink()
         save_last(run)
+    steps = run.schedule.steps_per_epoch
+    plan = [(step / steps, rate) for step, rate in enumerate(run.schedule.plan(), start=1)]
+    run.rate_plan = plan[:: -max(1, len(plan) // 500)]  # backwards, so that the end is there
     files.write_json(run.folder / "config.json", config.saved | {"versions": run_files.versions()})
     (run.folder / "samples").mkdir(exist_ok=True)
     shown = visualize.spread(len(run.train_set), 2 * SHOWN)

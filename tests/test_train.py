@@ -391,6 +391,22 @@ def test_the_rates_in_the_log_lie_on_the_plan_that_is_drawn(finished, monkeypatc
         assert dict(plan)[row["epoch"]] == row["learning_rate"]
 
 
+def test_more_epochs_on_resume_go_on_with_the_warm_up_that_the_run_began_with(settings, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(visualize, "draw_curves", lambda *_: BLANK)
+    monkeypatch.setattr(visualize, "draw_report", lambda _, plan, *__: drawn.append(plan) or BLANK)
+    begun = settings(scheduler="plateau", warmup_steps=100, epochs=2, plateau_patience=0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(Fail):
+            train.main(begun)
+    more = {"resume": str(Path(begun.output_dir) / "run"), "epochs": 4}
+    rates = [float(row["learning_rate"]) for row in log_rows(train.main(replace(begun, **more), more))]
+    assert rates[0] < rates[1] == begun.learning_rate >= rates[2] >= rates[3]
+    ((first, *_),) = [sorted(plan) for plan in drawn]
+    assert first[1] == pytest.approx(begun.learning_rate / 4)  # of 3 steps of warm-up, half of the first 6
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_the_same_settings_give_the_same_weights(finished):
     config, one, _ = finished

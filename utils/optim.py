@@ -167,12 +167,16 @@ class Schedule:
         return self.base_lrs[0] * self._factor(step)
 
     def plan(self) -> list[float]:
-        """Return the first group's rate at each step of the run, by the cuts so far."""
-        return [self.rate(step) for step in range(self.total_steps)]
+        """Return the first group's rate at each step of the run, without a cut of `plateau`."""
+        cuts, self.cuts = self.cuts, 0
+        rates = [self.rate(step) for step in range(self.total_steps)]
+        self.cuts = cuts
+        return rates
 
     def state_dict(self) -> dict:
-        """Return what a resumed run needs, in plain values."""
-        return {name: getattr(self, name) for name in ("position", "best", "waited", "cuts")}
+        """Return what a resumed run needs, in plain values; warm-up stays as it was if the run grows."""
+        names = ("position", "best", "waited", "cuts", "warmup_steps")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was taken: the groups' rates are set anew."""
