@@ -4,8 +4,10 @@ Edit the values here, or give any of them as a flag: `python train.py --model ps
 The defaults train on the small data set in `mock_data/`; the remarks say what to use on real pictures.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import inf
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,6 +149,9 @@ class Config:
             for name in ("class_names", "class_colors"):
                 if getattr(self, name) == getattr(type(self), name):
                     object.__setattr__(self, name, None)
+        for name in ("data_root", "cache_dir", "pretrained", "init_from", "output_dir", "resume"):
+            if getattr(self, name):
+                object.__setattr__(self, name, expanduser(getattr(self, name)))
         self._check_ranges()
         self._check_lengths()
         self._check_pairs()
@@ -159,7 +164,7 @@ class Config:
                     f"no run at {self.resume}. Give resume an existing run, or leave it out"
                 )
             return
-        if not Path(self.data_root).expanduser().is_dir():
+        if not Path(self.data_root).is_dir():
             raise FileNotFoundError(
                 f"data_root {self.data_root} is not a folder. Give the folder that holds train/ and val/"
             )
@@ -231,8 +236,13 @@ class Config:
 
     @property
     def saved(self) -> dict[str, Any]:
-        """The settings as `config.json` and checkpoints hold them; `resume` is no setting of a run."""
-        return {**asdict(self), "resume": None}
+        """The settings as `config.json` and checkpoints hold them, for this run to go on and for others.
+
+        Without what does not apply, which would contradict config.py once its defaults are edited.
+        """
+        foreign = {name for name, *_ in self._foreign()}
+        values = {name: value for name, value in asdict(self).items() if name not in foreign}
+        return {**values, "resume": None, "run_name": None}  # the folder has the name
 
     def _check_ranges(self) -> None:
         ranges = (  # lowest and highest value, fields
@@ -284,8 +294,8 @@ class Config:
                 "255 is usual; the first value after the classes is the other habit"
             )
 
-    def _check_pairs(self) -> None:
-        """Refuse changed settings that the chosen model, loss, optimizer or schedule does not have."""
+    def _foreign(self) -> Iterator[tuple[str, str, str, str]]:
+        """Settings that the chosen model, loss, optimizer or schedule lacks: (name, what, chosen, owners)."""
         chosen = self.pick("model", "loss", "optimizer", "scheduler")
         chosen["loss or joint_ce"] = self.ce_form or self.loss
         belongs = (  # fields, the choice that decides whether they apply, its values that have them
@@ -306,13 +316,17 @@ class Config:
             ("plateau_factor plateau_patience", "scheduler", "plateau"),
         )
         for names, choice, owners in belongs:
-            for name, value in self.pick(*names.split()).items():
-                default = getattr(type(self), name)
-                if value != default and chosen[choice] not in owners.split(", "):
-                    raise ValueError(
-                        f"{name} belongs to {owners} ({choice}); got {value} with {chosen[choice]}. "
-                        f"Leave it at {default}"
-                    )
+            if chosen[choice] not in owners.split(", "):
+                yield from ((name, choice, chosen[choice], owners) for name in names.split())
+
+    def _check_pairs(self) -> None:
+        """Refuse changed settings that the chosen model, loss, optimizer or schedule does not have."""
+        for name, choice, owner, owners in self._foreign():
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value != default:
+                raise ValueError(
+                    f"{name} belongs to {owners} ({choice}); got {value} with {owner}. Leave it at {default}"
+                )
         choices = BACKBONES[self.model][0] if self.model in BACKBONES else (self.backbone,)
         if self.backbone is not None and self.backbone not in choices:
             raise ValueError(

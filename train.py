@@ -96,7 +96,8 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
             folder = run_files.find_run(config.resume, Path(config.output_dir))
             saved = read_checkpoint(folder / "last.pt")
             print(f"resuming {folder}")
-            config = resumed_settings(config, saved["config"], given or {}, FREE)
+            own = saved["config"] | {"run_name": folder.name}
+            config = resumed_settings(config, own, given or {}, FREE)
         device = machine.pick_device(config.device, processes.local_rank)
         precision = machine.pick_precision(config.amp, device)
         model = build_network(config, fresh=saved is None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from config import Config
-from utils.cli import Fail, field_remarks, help_text, parse, resumed_settings
+from utils.cli import Fail, field_remarks, help_text, make, parse, resumed_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -185,6 +185,36 @@ def test_saved_settings_come_back_equal(tmp_path):
     written = Config(loss="focal", class_weights=(1.0, 2.0, 3.0, 4.0), image_size=96, num_workers=2)
     path.write_text(json.dumps(written.saved))
     assert settings("--config", str(path)) == written
+
+
+def test_saved_settings_are_understood_when_the_defaults_have_been_edited(monkeypatch):
+    runs = [Config(), Config(model="pspnet", loss="ce", scheduler="none", num_classes=3)]
+    saved = [run.saved for run in runs]
+    edited = {
+        "model": "fcn",
+        "backbone": "vgg11_bn",
+        "base_channels": 64,
+        "poly_power": 2.0,
+        "joint_ce": "focal",
+    }
+    for name, value in {**edited, "run_name": "x", "resume": "auto", "init_from": "old.pt"}.items():
+        monkeypatch.setattr(Config, name, value)
+    for run, values in zip(runs, saved, strict=True):
+        found = make(Config, values)
+        assert (found.model, found.model_options) == (run.model, run.model_options)
+        assert (found.loss, found.loss_options, found.scheduler) == (
+            run.loss,
+            run.loss_options,
+            run.scheduler,
+        )
+        assert (found.run_name, found.resume, found.init_from) == (None, None, None)
+
+
+def test_a_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert settings("--output_dir=~/runs").output_dir == "/home/me/runs"
+    assert Config(cache_dir="~/cache").cache_folder == Path("/home/me/cache")
 
 
 def test_resuming_keeps_the_runs_settings_and_refuses_a_contradiction():

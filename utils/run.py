@@ -65,8 +65,8 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
             folder.mkdir()
             return folder
     unfinished = (folder / "last.pt").exists() and not (folder / END_MARK).exists()
-    way = f"Go on with it by --resume {folder}" if unfinished else "Remove it"
-    raise ValueError(f"run_name {name!r} exists in {output_dir}. {way}, or give another name")
+    way = f", or go on with it by --resume {folder}" if unfinished else ""
+    raise ValueError(f"run_name {name!r} exists in {output_dir}. Give another, or none{way}")
 
 
 def find_run(resume: str, output_dir: Path) -> Path:
