@@ -345,5 +345,9 @@ class Config:
             raise ValueError(
                 "freeze_backbone needs weights worth keeping; got none. Give pretrained or init_from"
             )
+        if self.run_name and Path(self.run_name).name != self.run_name:
+            raise ValueError(
+                f"run_name must be a plain folder name; got {self.run_name!r}. Give the folder in output_dir"
+            )
         if self.resume and self.init_from:
             raise ValueError("resume goes on with a run, init_from starts a new one; got both. Leave one out")

@@ -98,6 +98,8 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
             print(f"resuming {folder}")
             own = saved["config"] | {"run_name": folder.name}
             config = resumed_settings(config, own, given or {}, FREE)
+        elif config.run_name and not config.check and Path(config.output_dir, config.run_name).exists():
+            raise run_files.taken(Path(config.output_dir, config.run_name))  # before the data is checked
         device = machine.pick_device(config.device, processes.local_rank)
         precision = machine.pick_precision(config.amp, device)
         model = build_network(config, fresh=saved is None)

@@ -283,8 +283,10 @@ def test_weights_that_do_not_fit_at_all_are_refused(settings, finished, monkeypa
 
 @pytest.mark.usefixtures("undrawn")
 def test_one_run_name_is_one_run(settings, finished):
-    with pytest.raises(Fail, match="'finished' exists"):
-        train.main(finished[0])
+    with pytest.raises(Fail, match="'finished' exists"):  # said before the data is looked at
+        train.main(replace(finished[0], data_root="nowhere"))
+    with pytest.raises(ValueError, match="plain folder name; got 'a/b'"):
+        settings(run_name="a/b")
     first = train.main(settings(epochs=1, run_name=None))
     assert first.name.startswith("unet_")
 
@@ -377,6 +379,9 @@ def test_two_runs_that_start_in_one_second_have_two_folders(tmp_path):
 
     made = {create_run(tmp_path, None, "unet") for _ in range(5)}
     assert len(made) == 5
+    create_run(tmp_path, "mine", "unet")
+    with pytest.raises(ValueError, match="'mine' exists in .* Give another, or none$"):
+        create_run(tmp_path, "mine", "unet")
 
 
 def test_the_rates_in_the_log_lie_on_the_plan_that_is_drawn(finished, monkeypatch):

@@ -64,9 +64,14 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
         with suppress(FileExistsError):
             folder.mkdir()
             return folder
+    raise taken(folder)
+
+
+def taken(folder: Path) -> ValueError:
+    """What to say where a run's folder exists."""
     unfinished = (folder / "last.pt").exists() and not (folder / END_MARK).exists()
     way = f", or go on with it by --resume {folder}" if unfinished else ""
-    raise ValueError(f"run_name {name!r} exists in {output_dir}. Give another, or none{way}")
+    return ValueError(f"run_name {folder.name!r} exists in {folder.parent}. Give another, or none{way}")
 
 
 def find_run(resume: str, output_dir: Path) -> Path:
