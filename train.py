@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and wrong
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,9 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
                 restore_state(run, saved)
             elif processes.is_main:
                 run.folder = run_files.create_run(Path(config.output_dir), config.run_name, config.model)
+            held = run_files.hold(run.folder) if processes.is_main else nullcontext()
             folder = run.folder = distributed.told_by_main(run.folder)
-        with run.stop, closing(run.loader):
+        with held, run.stop, closing(run.loader):
             start(run)
             train(run)
         if processes.world_size > 1:

@@ -17,6 +17,7 @@ import train
 from models import read_checkpoint
 from utils import checkpoint as files
 from utils.cli import Fail, end_with
+from utils.run import find_run
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -412,6 +413,22 @@ def test_runs_started_at_once_have_each_its_folder(settings, tmp_path):
     processes = [start_child(settings(run_name=None, epochs=1), tmp_path / f"log{i}") for i in range(3)]
     assert [ended(process) for process in processes] == [0, 0, 0]
     assert len(list((tmp_path / "runs").glob("*/report.png"))) == 3
+
+
+def test_a_run_that_another_process_trains_is_not_resumed(settings, tmp_path):
+    process = start_child(settings(epochs=100_000), tmp_path / "log")
+    folder = tmp_path / "runs" / "run"
+    while not (folder / "last.pt").exists() and process.is_alive():
+        time.sleep(0.02)
+    try:
+        with pytest.raises(Fail, match="is being trained in by another process"):
+            train.main(settings(resume=str(folder)))
+        with pytest.raises(Fail, match="no unfinished run that is not running"):
+            train.main(settings(resume="auto"))
+    finally:
+        process.kill()  # which leaves its lock's file, but no lock
+    process.join()
+    assert (folder / ".lock").exists() and find_run("auto", folder.parent) == folder
 
 
 def test_a_run_name_that_is_taken_is_refused_with_what_can_be_done(settings, tmp_path):

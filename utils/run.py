@@ -8,7 +8,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,13 @@ from utils.checkpoint import write_text
 from utils.device import is_out_of_memory, peak_memory
 from utils.distributed import is_lost
 
+try:
+    import fcntl
+except ImportError:  # Windows, where no lock is taken
+    fcntl = None
+
 END_MARK = "report.png"  # written last: a run that has it is finished
+LOCK = ".lock"  # held by the process that trains in the folder
 
 
 @dataclass
@@ -78,13 +84,56 @@ def find_run(resume: str, output_dir: Path) -> Path:
     """The folder to resume: the one named, or for `auto` the newest with a checkpoint and no report yet."""
     if resume == "auto":
         unfinished = [p for p in output_dir.glob("*/last.pt") if not (p.parent / END_MARK).exists()]
+        unfinished = [p for p in unfinished if not is_running(p.parent)]
         if not unfinished:
-            raise FileNotFoundError(f"no unfinished run in {output_dir}. Leave resume out to start a new one")
+            free = "no unfinished run that is not running" if fcntl else "no unfinished run"
+            raise FileNotFoundError(f"{free} in {output_dir}. Leave resume out to start a new one")
         return max(unfinished, key=os.path.getmtime).parent
     last = Path(resume) if Path(resume).name == "last.pt" else Path(resume, "last.pt")
     if not last.is_file():
         raise FileNotFoundError(f"no checkpoint at {last}. Give resume an existing run, or leave it out")
+    if is_running(last.parent):
+        raise running(last.parent)
     return last.parent
+
+
+def hold(folder: Path) -> ExitStack:
+    """Have a run's folder for this process alone, until the stack is closed or the process ends, however."""
+    stack, path = ExitStack(), folder / LOCK
+
+    def remove() -> None:
+        with suppress(OSError):
+            path.unlink()
+
+    if fcntl:
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        stack.callback(os.close, file)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process: forked ones do not have it
+        except BlockingIOError:
+            raise running(folder) from None
+        except OSError:  # a file system without locks
+            pass
+        stack.callback(remove)
+    return stack
+
+
+def is_running(folder: Path) -> bool:
+    """Whether another process holds the folder."""
+    if fcntl and (folder / LOCK).exists():
+        try:
+            with open(folder / LOCK, "r+") as file:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
+
+
+def running(folder: Path) -> ValueError:
+    """What to say where another process trains in a folder."""
+    return ValueError(f"{folder} is being trained in by another process. Wait for its end, or stop it first")
 
 
 def newest_weights(output_dir: Path) -> Path:
