@@ -26,12 +26,40 @@ class PooledBatchNorm2d(nn.BatchNorm2d):
         return super().forward(x)
 
 
+class AveragePool2d(nn.AdaptiveAvgPool2d):
+    """Average over bins x bins parts of a map, floor(i n / b) to ceil((i + 1) n / b) along a side.
+
+    By two matrix products where deterministic algorithms are asked for, as the kernel's gradient is not on a
+    GPU, and with `by_products`, for ONNX, which has no such pooling of free sizes.
+    """
+
+    def __init__(self, bins: int) -> None:
+        super().__init__(bins)
+        self.by_products = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Average (N, C, H, W) to (N, C, bins, bins)."""
+        plain = not (self.by_products or torch.are_deterministic_algorithms_enabled())
+        if plain or self.output_size == 1:  # which is a mean
+            return super().forward(x)
+        rows, columns = (self._parts(length, x) for length in x.shape[-2:])
+        return rows @ x @ columns.T / (rows.sum(1)[:, None] * columns.sum(1))
+
+    def _parts(self, length: int, like: Tensor) -> Tensor:
+        """(bins, length): 1 for the places of each part, else 0."""
+        part = torch.arange(self.output_size, device=like.device)[:, None]
+        place = torch.arange(length, device=like.device)
+        low = part * length // self.output_size
+        high = ((part + 1) * length + self.output_size - 1) // self.output_size
+        return ((place >= low) & (place < high)).to(like.dtype)
+
+
 class PooledConvBNReLU(nn.Sequential):
     """Average over bins x bins parts of the map, 1x1 convolution, batch norm, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, bins: int) -> None:
         super().__init__(
-            nn.AdaptiveAvgPool2d(bins),
+            AveragePool2d(bins),
             nn.Conv2d(in_channels, out_channels, 1, bias=False),
             PooledBatchNorm2d(out_channels),
             nn.ReLU(inplace=True),

@@ -14,7 +14,7 @@ from torch import nn
 from models import FCN, MODELS, DeepLabV3Plus, PSPNet, SegNet, UNet, build_model
 from models.backbones import VGGS
 from models.fcn import Score
-from models.layers import AtrousConv2d, MergingConv2d, PooledBatchNorm2d, SeparableConvBNReLU
+from models.layers import AtrousConv2d, AveragePool2d, MergingConv2d, PooledBatchNorm2d, SeparableConvBNReLU
 
 ROOT = Path(__file__).parent.parent
 SMALL = {  # cheap settings; a network without an entry is tested with its defaults
@@ -192,6 +192,24 @@ def test_a_compiled_model_is_one_graph_with_the_same_logits(name):
     with torch.no_grad():
         torch.testing.assert_close(compiled(pictures(2, 3, 33, 65)), model(pictures(2, 3, 33, 65)))
     compiled.train()(pictures(1, 3, 32, 32))  # the branch for a pooled map of one value
+
+
+@pytest.mark.parametrize("bins", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [(11, 16), (8, 8), (3, 5)])
+def test_pooling_by_products_equals_adaptive_pooling_and_has_a_deterministic_gradient(bins, size):
+    pool, found = AveragePool2d(bins), []
+    try:
+        for asked in (False, True):
+            torch.use_deterministic_algorithms(asked)
+            x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            y = pool(x)
+            assert ("AdaptiveAvgPool" in y.grad_fn.name()) == (not asked and bins > 1)  # none such on a GPU
+            y.square().sum().backward()
+            found.append((y.detach(), x.grad))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("name", MODELS)
