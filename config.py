@@ -21,7 +21,15 @@ BACKBONES = {  # model: (its backbones, the one that None stands for)
 }
 
 
-@dataclass(frozen=True)
+def settings(cls: type) -> type:
+    """A frozen dataclass, in which a list may stand for a tuple: [256, 256], which it would refuse."""
+    for name, value in [*vars(cls).items()]:
+        if isinstance(value, list):
+            setattr(cls, name, tuple(value))
+    return dataclass(frozen=True)(cls)
+
+
+@settings
 class Config:
     """One run's settings: a field a line, with its remark behind it, or below where that is long."""
 

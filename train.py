@@ -3,7 +3,7 @@
 import sys
 
 from config import Config
-from utils.cli import Fail, Parsed, end_with, mendable, parse, resumed_settings
+from utils.cli import Fail, Parsed, end_with, mendable, parse, quoted, resumed_settings
 
 
 def read_flags() -> Parsed:
@@ -437,7 +437,7 @@ def leave(run: Run, signaled: int) -> None:
     distributed.wait_for_all()
     if not run.processes.is_main:
         sys.exit(128 + signaled)
-    raise Fail(f"stopped; go on with --resume {run.folder}", 128 + signaled)
+    raise Fail(f"stopped; go on with --resume {quoted(run.folder)}", 128 + signaled)
 
 
 def averaged_weights(run: Run) -> dict[str, Tensor]:
@@ -652,7 +652,8 @@ def finish(run: Run) -> None:
     print(f"best: epoch {progress.best_epoch}, {mean_scores(scores)}; {baseline}")
     print(class_table(config.names, scores))
     print(f"time: {run.clock.describe()}; peak memory {machine.peak_memory(run.device) / 2**30:.1f} GiB")
-    print(f"see {run.folder / END_MARK}; predict with: python predict.py --weights {run.folder / 'best.pt'}")
+    best_file = quoted(run.folder / "best.pt")
+    print(f"see {run.folder / END_MARK}; predict with: python predict.py --weights {best_file}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from config import Config
-from utils.cli import Fail, field_remarks, help_text, make, parse, resumed_settings
+from config import settings as edited
+from utils.cli import Fail, field_remarks, help_text, make, parse, quoted, resumed_settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -208,6 +209,27 @@ def test_saved_settings_are_understood_when_the_defaults_have_been_edited(monkey
             run.scheduler,
         )
         assert (found.run_name, found.resume, found.init_from) == (None, None, None)
+
+
+def test_a_list_in_the_edited_file_is_taken_for_a_tuple():
+    @edited
+    class Edited:
+        image_size: tuple[int, int] | int = [256, 192]
+        class_colors: tuple[tuple[int, int, int], ...] | None = [[0, 0, 0], [255, 0, 0]]
+
+    found = make(Edited, {})
+    assert found.image_size == (256, 192) and found.class_colors == ((0, 0, 0), (255, 0, 0))
+
+
+def test_a_value_with_a_stray_comma_is_shown_with_it(monkeypatch):
+    monkeypatch.setattr(Config, "batch_size", (4,))
+    with pytest.raises(Fail, match=r"batch_size must be a whole number; got '\(4,\)'"):
+        settings()
+
+
+def test_a_path_with_a_space_is_quoted_where_a_command_is_told():
+    assert quoted(Path("runs/mine")) == str(Path("runs/mine"))
+    assert quoted(Path("a run")) == '"a run"'
 
 
 def test_a_path_may_begin_with_the_home_folder(monkeypatch):

@@ -129,6 +129,11 @@ def resumed_settings(
     return replace(run, **{name: getattr(today, name) for name in allowed})
 
 
+def quoted(path: Path) -> str:
+    """A path as a command line takes it."""
+    return f'"{path}"' if " " in str(path) else str(path)
+
+
 def near(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'unet'?`, or nothing where no name comes close."""
     match = difflib.get_close_matches(word, known, n=1)
@@ -175,7 +180,8 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
             return _convert(value, option)
         except (ValueError, LookupError, OverflowError):
             continue
-    shown = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    several = isinstance(value, (list, tuple)) and len(value) > 1
+    shown = " ".join(map(str, value)) if several else str(value)  # (4,) as it stands: a stray comma
     close = near(shown, _choices(hint))
     raise Fail(f"{name} must be {describe(hint)}; got {shown!r}.{close}".removesuffix("."))
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint import write_text
+from utils.cli import quoted
 from utils.device import is_out_of_memory, peak_memory
 from utils.distributed import is_lost
 
@@ -76,7 +77,7 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
 def taken(folder: Path) -> ValueError:
     """What to say where a run's folder exists."""
     unfinished = (folder / "last.pt").exists() and not (folder / END_MARK).exists()
-    way = f", or go on with it by --resume {folder}" if unfinished else ""
+    way = f", or go on with it by --resume {quoted(folder)}" if unfinished else ""
     return ValueError(f"run_name {folder.name!r} exists in {folder.parent}. Give another, or none{way}")
 
 
@@ -317,7 +318,7 @@ def multiply_adds(model: nn.Module, picture: Tensor) -> float:
 def explain(error: Exception, device: torch.device, folder: Path | None, memory_savers: str) -> str | None:
     """What to tell the user of an error that ended a run; None where it is a fault of this program."""
     saved = folder is not None and os.path.exists(folder / "last.pt")
-    go_on = f"go on with --resume {folder}" if saved else "start again: nothing was saved yet"
+    go_on = f"go on with --resume {quoted(folder)}" if saved else "start again: nothing was saved yet"
     first_line = str(error).split("\n")[0]
     if is_out_of_memory(error):
         weights = f" (from these weights: --init_from {folder / 'last.pt'})" if saved else ""
