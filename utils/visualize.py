@@ -138,7 +138,7 @@ def sample_panels(
     lines = [_heads(["picture", "truth", "prediction", "errors"], tile_width)]
     for image, truth, preds, caption in rows:
         counted = _counted(truth, classes.palette, classes.ignore_index)
-        errors = (_rgb(image).mean(-1, keepdims=True) * 0.35 + 160).astype(np.uint8).repeat(3, -1)
+        errors = (_rgb(image).mean(-1, keepdims=True) * 0.25 + 190).astype(np.uint8).repeat(3, -1)
         errors[counted & (truth != preds)] = WRONG
         errors[~counted] = IGNORED
         masks = [colorize(ids, classes.palette, classes.ignore_index) for ids in (truth, preds)]
