@@ -100,7 +100,8 @@ def load_image(
         path: the file.
         in_channels: number of channels to bring it to.
         reduce_to: function from the full (height, width) to the one that will do; a JPEG may then come
-            smaller (1/2, 1/4, 1/8), never below it, which its decoder does in a fraction of the time.
+            smaller (1/2, 1/4, 1/8, or just so where these are no whole pixels), never below it, which its
+            decoder does in a fraction of the time.
         data: the file's bytes, where they are at hand.
 
     Returns:
@@ -116,7 +117,10 @@ def load_image(
             if reduce_to and picture.format in ("JPEG", "MPO"):
                 upright = 1 if orientation >= 5 else -1  # from (width, height) of the file, and back
                 size = picture.size[::upright]
-                picture.draft(None, reduce_to(size)[::upright])
+                wanted = reduce_to(size)[::upright]
+                _, box = picture.draft(None, wanted)
+                if box[2:] != picture.size:  # the last column or row lies partly outside the picture
+                    picture = picture.resize(wanted, Image.Resampling.BILINEAR, box)
             if _count_pages(picture) > 1:
                 array = _pages(picture, in_channels)
             else:

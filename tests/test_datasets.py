@@ -152,6 +152,22 @@ def test_a_large_jpeg_is_decoded_small_but_never_too_small(tmp_path):
     assert box == same_box and np.abs(full.astype(int) - small).max() <= 1
 
 
+@pytest.mark.parametrize("resize", ["stretch", "letterbox"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("sides", [(513, 513), (1025, 777), (1281, 963)])
+def test_a_jpeg_decoded_small_lies_where_its_full_picture_does(tmp_path, sides, orientation, resize):
+    stored = np.zeros(sides, np.uint8)
+    stored[sides[0] * 7 // 8 :] = 120  # both edges far from the corner from which the decoder counts
+    stored[:, sides[1] * 7 // 8 :] += 120
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    paths = [save(tmp_path / name, stored, quality=98, exif=tags) for name in ("a.png", "a.jpg")]
+    (full, box, _), (small, same_box, decoded) = (load_fitted(path, 1, (64, 64), resize) for path in paths)
+    assert box == same_box and decoded.size < stored.size
+    wrong = full[..., 0].astype(float) - small[..., 0]
+    assert max(abs(wrong[32].sum()), abs(wrong[:, 32].sum())) / 120 < 0.05  # by so many pixels an edge is off
+
+
 def test_a_picture_above_the_limit_is_refused_by_name(tmp_path, monkeypatch):
     path = save(tmp_path / "large.png", RGB)
     monkeypatch.setattr(reading, "MAX_PIXELS", 203)
