@@ -43,7 +43,7 @@ def is_hidden(path: Path) -> bool:
 def _pictures(paths: Iterable[Path]) -> list[Path]:
     """Those that are named as pictures and not hidden, in natural order."""
     found = [path for path in paths if path.suffix.lower() in SUFFIXES and not is_hidden(path)]
-    return sorted(found, key=lambda path: natural_key(path.as_posix()))
+    return sorted(found, key=lambda path: (natural_key(path.as_posix()), path))  # a.jpg and A.jpg tie
 
 
 def list_pictures(folder: Path, recursive: bool = False) -> list[Path]:

@@ -341,6 +341,12 @@ def _same(batch):
     return batch
 
 
+def test_names_that_count_alike_have_one_order_whatever_the_folder_says(tmp_path):
+    names = ["A.jpg", "a.jpg", "scene01_1.png", "scene1_01.png", "scene1_2.png"]
+    paths = [tmp_path / name for name in names]
+    assert reading._pictures(paths) == reading._pictures(paths[::-1]) == paths
+
+
 @pytest.mark.parametrize("suffix", ["tif", "jpg", "png"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_the_size_of_a_turned_picture_is_that_of_its_array(tmp_path, suffix, orientation):
