@@ -235,7 +235,7 @@ def _to_channels(picture: Image.Image, in_channels: int) -> np.ndarray:
         picture = picture.convert("L")
     elif picture.mode in ("LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-    elif picture.mode in ("P", "YCbCr", "LAB", "HSV"):
+    elif picture.mode in ("P", "CMYK", "YCbCr", "LAB", "HSV"):
         picture = picture.convert("RGB")
     channels = len(picture.getbands())
     if channels != in_channels:

@@ -120,6 +120,11 @@ def test_four_channels_keep_alpha_and_add_an_opaque_one(tmp_path):
     assert (read_image(save(tmp_path / "b.png", RGB), 4)[..., 3] == 255).all()
 
 
+def test_four_inks_are_colours_and_no_alpha(tmp_path):
+    inks = read_image(save(tmp_path / "a.tif", np.full((4, 4, 3), 255, np.uint8), "CMYK"), 4)
+    assert (inks == 255).all()
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_turns_picture_and_mask_as_viewers_do(tmp_path, orientation):
     stored = np.zeros((8, 16), np.uint8)
