@@ -47,10 +47,18 @@ def _pictures(paths: Iterable[Path]) -> list[Path]:
 
 
 def list_pictures(folder: Path, recursive: bool = False) -> list[Path]:
-    """Every picture file in `folder`, in natural order; hidden files and folders are left out."""
-    paths = []
-    for parent, folders, files in os.walk(folder):
+    """Every picture file in `folder`, in natural order; hidden files and folders are left out.
+
+    Links to folders are followed, after the folders beside them; none is searched twice, so that loops end.
+    """
+    paths, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        folders.sort(key=lambda name, parent=parent: (os.path.islink(os.path.join(parent, name)), name))
         paths += [Path(parent, name) for name in files]
     return _pictures(paths)
 

@@ -352,6 +352,21 @@ def test_names_that_count_alike_have_one_order_whatever_the_folder_says(tmp_path
     assert reading._pictures(paths) == reading._pictures(paths[::-1]) == paths
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_linked_folders_are_searched_once_and_loops_end(tmp_path):
+    for name in ("data/sub", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    save(tmp_path / "elsewhere/a.png", RGB)
+    save(tmp_path / "data/sub/b.png", RGB)
+    (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/latest").symlink_to(tmp_path / "data/sub")
+    (tmp_path / "data/sub/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "data/sub")
+    found = find_images(tmp_path / "data", recursive=True)
+    assert found == [tmp_path / "data/link/a.png", tmp_path / "data/sub/b.png"]  # not data/latest/b.png
+    assert [path.name for path in find_images(tmp_path / "data/link")] == ["a.png"]
+
+
 @pytest.mark.parametrize("suffix", ["tif", "jpg", "png"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_the_size_of_a_turned_picture_is_that_of_its_array(tmp_path, suffix, orientation):
