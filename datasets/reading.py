@@ -71,12 +71,15 @@ def find_images(path: str | Path, recursive: bool = False) -> list[Path]:
         DataError: something is there, but no picture among it.
     """
     path = Path(path).expanduser()
-    if not path.exists() and not glob.has_magic(str(path)):
+    known = next((each for each in (path, *path.parents) if each.exists()), path)
+    unknown = str(path.relative_to(known))  # only in what does not exist are brackets a pattern
+    if not path.exists() and not glob.has_magic(unknown):
         raise FileNotFoundError(f"{path}: there is no such file. Give a picture, a folder or a pattern.")
     if path.is_dir():
         found = list_pictures(path, recursive)
     else:
-        found = _pictures([path] if path.exists() else map(Path, glob.glob(str(path), recursive=True)))
+        pattern = os.path.join(glob.escape(str(known)), unknown)
+        found = _pictures([path] if path.exists() else map(Path, glob.glob(pattern, recursive=True)))
     if not found:
         below = "" if recursive else " (folders below it are searched with recursive)"
         raise DataError(f"{path}: no picture found; looked for {' '.join(SUFFIXES)}{below}.")

@@ -367,6 +367,17 @@ def test_linked_folders_are_searched_once_and_loops_end(tmp_path):
     assert [path.name for path in find_images(tmp_path / "data/link")] == ["a.png"]
 
 
+def test_brackets_of_a_folder_that_exists_are_no_pattern(tmp_path):
+    folder = tmp_path / "photos [2024]"
+    (folder / "b[1]").mkdir(parents=True)
+    paths = [save(folder / name, RGB) for name in ("a.png", "b[1]/c1.png")]
+    assert find_images(folder / "*.png") == paths[:1]
+    assert find_images(folder / "b[1]/c[0-9].png") == paths[1:]
+    assert find_images(folder / "**/*.png") == paths
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        find_images(folder / "missing.png")
+
+
 @pytest.mark.parametrize("suffix", ["tif", "jpg", "png"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_the_size_of_a_turned_picture_is_that_of_its_array(tmp_path, suffix, orientation):
