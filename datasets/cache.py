@@ -8,6 +8,7 @@ entry reads as missing and is made anew. Processes may fill one cache at once; t
 import mmap
 import os
 import shutil
+import weakref
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 DONE = 1 << 32  # beside the checksum in an entry's state: the entry was written
 SMALL = 256 * 2**20  # bytes that are decoded in seconds: not worth a file
 FILES = ("samples.bin", "state.bin")
+IN_USE = weakref.WeakSet()  # caches that this process opened on a disk: one must not sweep the other
 
 
 class SampleCache:
@@ -114,6 +116,7 @@ def open_cache(
             if _make_room(folder, total):
                 cache = SampleCache(lengths, folder)
                 os.utime(folder)  # the least recently used go first
+                IN_USE.add(cache)
                 return cache, f"cache: {size} in {folder}"
             why = f"{cache_dir} has too little room"
         except OSError as error:
@@ -124,14 +127,19 @@ def open_cache(
 
 
 def _make_room(folder: Path, total: int) -> bool:
-    """Sweep old caches until all fit in half of what the disk has without them; False if they cannot."""
+    """Sweep old caches, none in use, until all fit in half of what the disk has without them.
+
+    Returns False, and sweeps nothing, if they cannot.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     others = [path for path in folder.parent.glob("samples-*") if path.is_dir() and path != folder]
     used = {path: _bytes_in(path) for path in others}
     budget = (shutil.disk_usage(folder.parent).free + sum(used.values()) + _bytes_in(folder)) // 2
-    if total > budget:
+    kept = {cache.folder: int(cache.offsets[-1]) for cache in IN_USE if cache.folder in used}
+    used |= kept  # what they will hold once filled
+    if total + sum(kept.values()) > budget:
         return False
-    for oldest in sorted(others, key=lambda path: path.stat().st_mtime):
+    for oldest in sorted(used.keys() - kept, key=lambda path: path.stat().st_mtime):
         if total + sum(used.values()) > budget:
             shutil.rmtree(oldest, ignore_errors=True)
             del used[oldest]

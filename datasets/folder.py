@@ -21,7 +21,7 @@ from .reading import DataError, load_fitted, read_mask
 from .transforms import Augmentation, Box, fit_mask, generator_for, place
 from .warp import apply_move
 
-VERSION = 1  # of cached samples; raise it when reading or fitting gives other bytes
+VERSION = 2  # of cached samples; raise it when reading or fitting gives other bytes
 # Pixels; up to here a cached sample (half of it, if turned) is operations of microseconds, between which two
 # threads wait for each other (for Python's lock): one is faster.
 SHORT_WORK = 100_000

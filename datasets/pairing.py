@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def pair_split(
     if len(stems) < 2:
         return []
     images, masks = stems
-    wanted = {stem + mask_suffix: path for stem, path in images.items()}
+    wanted = {_name(stem + mask_suffix): path for stem, path in images.items()}
     suffix = _likely_suffix(images, masks, wanted)
     remedy = "add the missing file, or remove this one"
     if suffix is not None:
@@ -103,11 +104,12 @@ def pair_truth(
         raise FileNotFoundError(f"{folder}: there is no such folder. Give truth the folder of masks.")
     masks = _by_stem(list_pictures(folder), problems, "two masks of one picture")
     _by_stem(images, problems, "two pictures of one mask")
-    for stem, image in ((image.stem + mask_suffix, image) for image in images):
+    wanted = [_name(image.stem + mask_suffix) for image in images]
+    for stem, image in zip(wanted, images, strict=True):
         if stem not in masks:
             problems.add("no mask", image, f"no {stem}.* in {folder}", "add it, or leave truth out")
     problems.raise_any()
-    chosen = [masks[image.stem + mask_suffix] for image in images]
+    chosen = [masks[stem] for stem in wanted]
     for image, mask in zip(images, chosen, strict=True):
         if finding := _truth_problem(image, mask, encoding):
             problems.add("mask", mask, finding, "give the masks of these pictures, encoded as in training")
@@ -136,10 +138,16 @@ def _by_stem(files: list[Path], problems: Problems, kind: str) -> dict[str, Path
     """Files by stem; a second file of a stem is a problem, not a choice."""
     stems: dict[str, Path] = {}
     for path in files:
-        if path.stem in stems:
-            problems.add(kind, path, f"{stems[path.stem].name} has the same stem", "keep one of them")
-        stems.setdefault(path.stem, path)
+        stem = _name(path.stem)
+        if stem in stems:
+            problems.add(kind, path, f"{stems[stem].name} has the same stem", "keep one of them")
+        stems.setdefault(stem, path)
     return stems
+
+
+def _name(text: str) -> str:
+    """One spelling of what looks alike: macOS may write an accent apart from its letter (NFD)."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _likely_suffix(images: dict, masks: dict, wanted: dict) -> str | None:

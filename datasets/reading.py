@@ -43,14 +43,22 @@ def is_hidden(path: Path) -> bool:
 def _pictures(paths: Iterable[Path]) -> list[Path]:
     """Those that are named as pictures and not hidden, in natural order."""
     found = [path for path in paths if path.suffix.lower() in SUFFIXES and not is_hidden(path)]
-    return sorted(found, key=lambda path: natural_key(path.as_posix()))
+    return sorted(found, key=lambda path: (natural_key(path.as_posix()), path))  # a.jpg and A.jpg tie
 
 
 def list_pictures(folder: Path, recursive: bool = False) -> list[Path]:
-    """Every picture file in `folder`, in natural order; hidden files and folders are left out."""
-    paths = []
-    for parent, folders, files in os.walk(folder):
+    """Every picture file in `folder`, in natural order; hidden files and folders are left out.
+
+    Links to folders are followed, after the folders beside them; none is searched twice, so that loops end.
+    """
+    paths, seen = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        folders.sort(key=lambda name, parent=parent: (os.path.islink(os.path.join(parent, name)), name))
         paths += [Path(parent, name) for name in files]
     return _pictures(paths)
 
@@ -63,12 +71,15 @@ def find_images(path: str | Path, recursive: bool = False) -> list[Path]:
         DataError: something is there, but no picture among it.
     """
     path = Path(path).expanduser()
-    if not path.exists() and not glob.has_magic(str(path)):
+    known = next((each for each in (path, *path.parents) if each.exists()), path)
+    unknown = str(path.relative_to(known))  # only in what does not exist are brackets a pattern
+    if not path.exists() and not glob.has_magic(unknown):
         raise FileNotFoundError(f"{path}: there is no such file. Give a picture, a folder or a pattern.")
     if path.is_dir():
         found = list_pictures(path, recursive)
     else:
-        found = _pictures([path] if path.exists() else map(Path, glob.glob(str(path), recursive=True)))
+        pattern = os.path.join(glob.escape(str(known)), unknown)
+        found = _pictures([path] if path.exists() else map(Path, glob.glob(pattern, recursive=True)))
     if not found:
         below = "" if recursive else " (folders below it are searched with recursive)"
         raise DataError(f"{path}: no picture found; looked for {' '.join(SUFFIXES)}{below}.")
@@ -100,7 +111,8 @@ def load_image(
         path: the file.
         in_channels: number of channels to bring it to.
         reduce_to: function from the full (height, width) to the one that will do; a JPEG may then come
-            smaller (1/2, 1/4, 1/8), never below it, which its decoder does in a fraction of the time.
+            smaller (1/2, 1/4, 1/8, or just so where these are no whole pixels), never below it, which its
+            decoder does in a fraction of the time.
         data: the file's bytes, where they are at hand.
 
     Returns:
@@ -116,7 +128,10 @@ def load_image(
             if reduce_to and picture.format in ("JPEG", "MPO"):
                 upright = 1 if orientation >= 5 else -1  # from (width, height) of the file, and back
                 size = picture.size[::upright]
-                picture.draft(None, reduce_to(size)[::upright])
+                wanted = reduce_to(size)[::upright]
+                _, box = picture.draft(None, wanted)
+                if box[2:] != picture.size:  # the last column or row lies partly outside the picture
+                    picture = picture.resize(wanted, Image.Resampling.BILINEAR, box)
             if _count_pages(picture) > 1:
                 array = _pages(picture, in_channels)
             else:
@@ -231,7 +246,7 @@ def _to_channels(picture: Image.Image, in_channels: int) -> np.ndarray:
         picture = picture.convert("L")
     elif picture.mode in ("LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-    elif picture.mode in ("P", "YCbCr", "LAB", "HSV"):
+    elif picture.mode in ("P", "CMYK", "YCbCr", "LAB", "HSV"):
         picture = picture.convert("RGB")
     channels = len(picture.getbands())
     if channels != in_channels:

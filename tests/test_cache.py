@@ -243,6 +243,18 @@ def test_the_least_recently_used_cache_makes_room(tmp_path, monkeypatch):
     assert sorted(path.name[8] for path in tmp_path.iterdir()) == ["c", "d"]
 
 
+def test_a_cache_in_use_is_never_swept(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_bytes_in", lambda folder: 1000 if folder.exists() else 0)
+    usage(monkeypatch, free=2000)
+    train, _ = open_cache("disk", tmp_path, "a" * 64, [1000])
+    (tmp_path / f"samples-{'c' * 24}").mkdir()  # of an earlier run; not enough is won by sweeping it
+    val, line = open_cache("disk", tmp_path, "b" * 64, [1100])
+    assert val is None and "has too little room" in line and "decoded each time" in line
+    val, _ = open_cache("disk", tmp_path, "b" * 64, [1000])
+    assert train.folder.exists() and val.folder.exists()
+    assert not (tmp_path / f"samples-{'c' * 24}").exists()
+
+
 def test_a_picture_is_decoded_once_in_its_life(tmp_path):
     pairs = make_pairs(tmp_path, SIZES)
     cached = dataset_of(pairs)

@@ -120,6 +120,11 @@ def test_four_channels_keep_alpha_and_add_an_opaque_one(tmp_path):
     assert (read_image(save(tmp_path / "b.png", RGB), 4)[..., 3] == 255).all()
 
 
+def test_four_inks_are_colours_and_no_alpha(tmp_path):
+    inks = read_image(save(tmp_path / "a.tif", np.full((4, 4, 3), 255, np.uint8), "CMYK"), 4)
+    assert (inks == 255).all()
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_turns_picture_and_mask_as_viewers_do(tmp_path, orientation):
     stored = np.zeros((8, 16), np.uint8)
@@ -150,6 +155,22 @@ def test_a_large_jpeg_is_decoded_small_but_never_too_small(tmp_path):
     full, box = fit(read_image(path), (64, 64), "letterbox")
     small, same_box, _ = load_fitted(path, 3, (64, 64), "letterbox")
     assert box == same_box and np.abs(full.astype(int) - small).max() <= 1
+
+
+@pytest.mark.parametrize("resize", ["stretch", "letterbox"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("sides", [(513, 513), (1025, 777), (1281, 963)])
+def test_a_jpeg_decoded_small_lies_where_its_full_picture_does(tmp_path, sides, orientation, resize):
+    stored = np.zeros(sides, np.uint8)
+    stored[sides[0] * 7 // 8 :] = 120  # both edges far from the corner from which the decoder counts
+    stored[:, sides[1] * 7 // 8 :] += 120
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    paths = [save(tmp_path / name, stored, quality=98, exif=tags) for name in ("a.png", "a.jpg")]
+    (full, box, _), (small, same_box, decoded) = (load_fitted(path, 1, (64, 64), resize) for path in paths)
+    assert box == same_box and decoded.size < stored.size
+    wrong = full[..., 0].astype(float) - small[..., 0]
+    assert max(abs(wrong[32].sum()), abs(wrong[:, 32].sum())) / 120 < 0.05  # by so many pixels an edge is off
 
 
 def test_a_picture_above_the_limit_is_refused_by_name(tmp_path, monkeypatch):
@@ -323,6 +344,38 @@ def test_workers_that_are_spawned_make_the_same_batches(tmp_path):
 
 def _same(batch):
     return batch
+
+
+def test_names_that_count_alike_have_one_order_whatever_the_folder_says(tmp_path):
+    names = ["A.jpg", "a.jpg", "scene01_1.png", "scene1_01.png", "scene1_2.png"]
+    paths = [tmp_path / name for name in names]
+    assert reading._pictures(paths) == reading._pictures(paths[::-1]) == paths
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_linked_folders_are_searched_once_and_loops_end(tmp_path):
+    for name in ("data/sub", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    save(tmp_path / "elsewhere/a.png", RGB)
+    save(tmp_path / "data/sub/b.png", RGB)
+    (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/latest").symlink_to(tmp_path / "data/sub")
+    (tmp_path / "data/sub/loop").symlink_to(tmp_path / "data")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "data/sub")
+    found = find_images(tmp_path / "data", recursive=True)
+    assert found == [tmp_path / "data/link/a.png", tmp_path / "data/sub/b.png"]  # not data/latest/b.png
+    assert [path.name for path in find_images(tmp_path / "data/link")] == ["a.png"]
+
+
+def test_brackets_of_a_folder_that_exists_are_no_pattern(tmp_path):
+    folder = tmp_path / "photos [2024]"
+    (folder / "b[1]").mkdir(parents=True)
+    paths = [save(folder / name, RGB) for name in ("a.png", "b[1]/c1.png")]
+    assert find_images(folder / "*.png") == paths[:1]
+    assert find_images(folder / "b[1]/c[0-9].png") == paths[1:]
+    assert find_images(folder / "**/*.png") == paths
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        find_images(folder / "missing.png")
 
 
 @pytest.mark.parametrize("suffix", ["tif", "jpg", "png"])

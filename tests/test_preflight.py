@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import sys
+import unicodedata
 import zlib
 
 import numpy as np
@@ -717,6 +718,23 @@ def test_a_truth_of_lossy_ids_is_refused(root):
     save_mask(replace(root / "val/masks/p0.png", root / "val/masks/p0.jpg"), IDS * 0)
     with pytest.raises(DataError, match=r"p0\.jpg.*is a JPEG"):
         pair_truth(find_images(root / "val/images"), root / "val/masks", "", report.encoding)
+
+
+@pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_that_look_alike_are_paired_however_their_accents_are_written(root, forms):
+    for kind, form in zip(("images", "masks"), forms, strict=True):
+        for old in (root / "val" / kind).iterdir():
+            old.rename(old.with_name(unicodedata.normalize(form, f"Straße é {old.stem}ü_é.png")))
+    suffix = unicodedata.normalize(forms[0], "_é")
+    for image in (root / "val/images").iterdir():
+        image.rename(image.with_stem(image.stem.removesuffix(suffix)))
+    for path in (root / "train/masks").iterdir():
+        path.rename(path.with_stem(path.stem + "_é"))
+    report = check_data(root, num_classes=3, mask_suffix=suffix)
+    assert len(report.val) == 2
+    images = find_images(root / "val/images")
+    masks = pair_truth(images, root / "val/masks", suffix, report.encoding)
+    assert masks == [pair.mask for pair in report.val]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
