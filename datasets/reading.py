@@ -129,9 +129,9 @@ def load_image(
                 upright = 1 if orientation >= 5 else -1  # from (width, height) of the file, and back
                 size = picture.size[::upright]
                 wanted = reduce_to(size)[::upright]
-                _, box = picture.draft(None, wanted)
-                if box[2:] != picture.size:  # the last column or row lies partly outside the picture
-                    picture = picture.resize(wanted, Image.Resampling.BILINEAR, box)
+                drafted = picture.draft(None, wanted)  # mode and box, or None
+                if drafted and drafted[1][2:] != picture.size:  # the last column or row lies partly outside
+                    picture = picture.resize(wanted, Image.Resampling.BILINEAR, drafted[1])
             if _count_pages(picture) > 1:
                 array = _pages(picture, in_channels)
             else:
