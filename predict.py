@@ -1,10 +1,11 @@
 """Predict masks for pictures: edit class Args, then run `python predict.py`. Every field is also a flag."""
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.cli import Fail, Parsed, end_with, mendable, parse
+from utils.cli import Fail, Parsed, coerce, end_with, mendable, parse
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class Args:
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Bring `window` to (height, width) and refuse what cannot be."""
+        """Bring `window` to (height, width), take ~ as the home folder, and refuse what cannot be."""
+        for name in ("weights", "input", "truth", "output", "export"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.expanduser(path))
         if isinstance(self.window, int):
             object.__setattr__(self, "window", (self.window, self.window))
         for name, low, high in (("overlap", 0, 0.9), ("threshold", 0, 1)):
@@ -61,7 +65,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
     PARSED = end_with(lambda: parse(Args, sys.argv[1:], __doc__))
 
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -156,7 +159,7 @@ def main(args: Args) -> int:
         Fail: for all that the user can mend, before anything is written; code 1 where pictures were skipped.
     """
     with mendable():
-        weights = Path(args.weights) if args.weights else newest_weights(Path(Config().output_dir))
+        weights = Path(args.weights) if args.weights else newest_weights(default_runs())
         if args.export:
             return write_network(weights, Path(args.export))
         work = prepare(args, weights)
@@ -169,6 +172,15 @@ def main(args: Args) -> int:
         heading = f"{len(problems)} of {len(done)} pictures had problems{rest}:"
         raise Fail("\n  ".join([heading, *problems]), 1)
     return 0
+
+
+def default_runs() -> Path:
+    """The folder of runs that config.py names; its other settings may be half edited.
+
+    Raises:
+        Fail: it names none.
+    """
+    return Path(os.path.expanduser(coerce("output_dir", Config.output_dir, str)))
 
 
 def prepare(args: Args, weights: Path) -> Work:

@@ -3,9 +3,10 @@
 import csv
 import importlib.util
 import json
+import os
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 import predict
 import train
+from config import Config
 from datasets import fit, read_image
 from datasets.large import LargePicture
 from metrics import predicted_ids
@@ -449,6 +451,29 @@ def test_threshold_is_refused_for_more_than_two_classes(args):
 def test_wrong_values_are_refused(flags):
     with pytest.raises(Fail, match=flags[0][2:]):
         parse(Args, flags, "usage")
+
+
+@pytest.mark.parametrize("slip", [{}, {"batch_size": "4"}, {"batch_size": (4,)}, {"num_classes": 7}])
+def test_the_newest_weights_are_found_whatever_slip_config_py_has(args, tmp_path, monkeypatch, slip):
+    given = replace(args(), weights=None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"output_dir": "~/runs" if os.name == "posix" else str(tmp_path / "runs"), **slip}
+    fields = [(name, object, value) for name, value in values.items()]
+    monkeypatch.setattr(predict, "Config", make_dataclass("Edited", fields, bases=(Config,), frozen=True))
+    predict.main(given)
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
+
+
+def test_an_output_dir_that_is_no_text_is_refused_where_weights_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "Config", SimpleNamespace(output_dir=("runs",)))
+    with pytest.raises(Fail, match="output_dir must be text; got 'runs'"):
+        predict.main(Args(output=str(tmp_path / "out")))
+
+
+def test_a_tilde_is_the_home_folder_in_every_path():
+    names = ("weights", "input", "truth", "output", "export")
+    given = Args(**{name: f"~/{name}" for name in names})
+    assert [getattr(given, name) for name in names] == [os.path.expanduser(f"~/{name}") for name in names]
 
 
 def test_the_command_line_ends_with_code_2_and_one_line(tmp_path):
