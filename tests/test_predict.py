@@ -21,7 +21,7 @@ import train
 from config import Config
 from datasets import fit, read_image
 from datasets.large import LargePicture
-from metrics import predicted_ids
+from metrics import ConfusionMatrix, predicted_ids
 from models import MODELS, build_model, load_model
 from predict import Args
 from utils.cli import Fail, parse
@@ -223,6 +223,18 @@ def test_a_truth_of_0_and_255_for_a_network_of_0_and_1_is_told_to_lack_a_class(a
     assert "the truth has no pixel of class_1; 255 in it counts nowhere, as in training" in (
         capsys.readouterr().out
     )
+
+
+def test_no_picture_keeps_its_confusion_matrix_and_their_total_is_that_of_all_pixels(args, data, tmp_path):
+    given = args(truth=str(data / "val" / "masks"), num_workers=2, batch_size=1)
+    work = predict.prepare(given, Path(given.weights))
+    done, total = predict.predict_all(work)
+    expected = ConfusionMatrix(2)
+    for picture, truth in zip(work.files, work.truths, strict=True):
+        files = (tmp_path / "out" / "masks" / f"{picture.stem}.png", truth)
+        expected.update(*(torch.from_numpy(np.array(Image.open(file))) for file in files))
+    assert torch.equal(total.state(), expected.state())
+    assert [(one.matrix, set(one.scores)) for one in done] == [(None, set(predict.SCORES))] * 3
 
 
 def test_probabilities_are_written_and_their_argmax_is_the_mask(args, tmp_path):
