@@ -199,6 +199,8 @@ def prepare(args: Args, weights: Path) -> Work:
     precision = pick_precision(args.amp or info.amp, device)
     files = find_images(args.input, args.recursive)
     encoding = Encoding.from_dict(info.encoding)
+    if args.encoding == "source":
+        encoding.decode(np.arange(len(info.class_names))[None])  # refuses what no mask could be written as
     truths = pair_truth(files, args.truth, info.mask_suffix, encoding) if args.truth else []
     output = Path(args.output)
     try_output(output, "output")

@@ -146,6 +146,18 @@ def test_masks_come_back_in_the_training_masks_own_encoding(args, data, tmp_path
     assert values <= {0, 255}
 
 
+def test_classes_that_the_training_masks_encoding_lacks_are_refused_before_any_work(args, tmp_path):
+    given = args(encoding="source")
+    content = torch.load(given.weights, weights_only=True)
+    table = content["info"]["encoding"]["table"]
+    content["info"]["encoding"]["table"] = [[raw, id_] for raw, id_ in table if id_ != 1]
+    torch.save(content, given.weights)
+    with pytest.raises(Fail, match=r"class ids \[1\] have no value in .*Use encoding index") as caught:
+        predict.main(given)
+    assert caught.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_picture_alone_a_pattern_and_sub_folders_are_found(args, data, tmp_path):
     given = args()
     deep = tmp_path / "deep" / "a" / "b"
