@@ -198,6 +198,9 @@ def prepare(args: Args, weights: Path) -> Work:
         raise ValueError(f"threshold is for two classes; {weights} has {len(info.class_names)}. Leave it out")
     precision = pick_precision(args.amp or info.amp, device)
     files = find_images(args.input, args.recursive)
+    for file in map(str, files):  # summary.csv names them all, and is UTF-8
+        if (shown := file.encode("utf-8", "backslashreplace").decode()) != file:
+            raise ValueError(f"{shown}: its name is no UTF-8: rename it")
     encoding = Encoding.from_dict(info.encoding)
     if args.encoding == "source":
         encoding.decode(np.arange(len(info.class_names))[None])  # refuses what no mask could be written as

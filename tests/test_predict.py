@@ -158,6 +158,16 @@ def test_classes_that_the_training_masks_encoding_lacks_are_refused_before_any_w
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_a_picture_whose_name_is_no_text_is_refused_before_any_work(args, data, tmp_path):
+    given, picture = args(), data / "val" / "images" / "p0.png"
+    os.rename(picture, os.path.join(os.fsencode(picture.parent), b"caf\xe9.png"))
+    with pytest.raises(Fail, match=r"caf\\udce9.png: its name is no UTF-8: rename it") as caught:
+        predict.main(given)
+    assert caught.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_picture_alone_a_pattern_and_sub_folders_are_found(args, data, tmp_path):
     given = args()
     deep = tmp_path / "deep" / "a" / "b"
