@@ -382,10 +382,13 @@ def save(
     work: Work, index: int, ids: np.ndarray, picture: np.ndarray | None, probabilities: np.ndarray | None
 ) -> None:
     """Write a mask (H, W), its overlay on a picture (h, w, C), and float16 probabilities (classes, H, W)."""
-    info = work.info
+    info, base = work.info, Path(work.args.output)
+    if (base / "masks" / f"{work.names[index]}.png").exists():  # with it goes what was made beside it
+        for name in (f"overlays/{work.names[index]}.png", f"probabilities/{work.names[index]}.npz"):
+            (base / name).unlink(missing_ok=True)
 
     def place(folder: str, ending: str) -> Path:
-        path = Path(work.args.output) / folder / f"{work.names[index]}{ending}"
+        path = base / folder / f"{work.names[index]}{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -422,6 +425,8 @@ def report(work: Work, done: list[Done], total: ConfusionMatrix | None, seconds:
     files = [str(work.files[one.index]) for one in done]
     shares = [dict(zip(names, one.shares, strict=True)) for one in done]
     rows = [{"picture": file} | row for file, row in zip(files, shares, strict=True)]
+    if not total and (output / SUMMARY).exists():  # an earlier prediction's
+        (output / "scores.csv").unlink(missing_ok=True)
     write_log(output / SUMMARY, rows)
     table = []
     for name in names:

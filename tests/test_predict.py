@@ -362,6 +362,26 @@ def test_earlier_predictions_are_replaced_but_never_somebody_elses_masks(args, d
     assert "replaced" in capsys.readouterr().out
 
 
+def test_nothing_of_an_earlier_prediction_stays_beside_a_new_mask(args, data, tmp_path):
+    given, out = args(truth=str(data / "val" / "masks"), probabilities=True), tmp_path / "out"
+    predict.main(given)
+    one = replace(given, input=f"{given.input}/p0.png", truth=None)
+    predict.main(replace(one, overlay=False, probabilities=False))
+    assert not (out / "scores.csv").exists()
+    for folder in ("masks", "overlays", "probabilities"):
+        stems = {path.stem for path in (out / folder).iterdir()}
+        assert stems == {"p1", "p2"} | ({"p0"} if folder == "masks" else set())
+
+
+def test_files_that_no_prediction_wrote_are_left_where_nothing_is_written_over_them(args, tmp_path):
+    mine = [tmp_path / "out" / name for name in ("scores.csv", "overlays/p0.png", "probabilities/p0.npz")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    predict.main(args(overlay=False))
+    assert [path.read_text() for path in mine] == ["mine"] * 3
+
+
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-100])
 
