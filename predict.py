@@ -266,7 +266,7 @@ def predict_all(work: Work) -> tuple[list[Done], ConfusionMatrix | None]:
 def is_large(work: Work, index: int) -> bool:
     """Whether a picture is to be taken in strips; what is no picture is told when it is read."""
     try:
-        height, width = picture_size(work.files[index])
+        height, width = picture_size(work.files[index], upright=False)
     except (ValueError, OSError):
         return False
     return height * width * max(4, len(work.info.class_names)) > LARGE

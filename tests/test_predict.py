@@ -20,7 +20,7 @@ import predict
 import train
 from config import Config
 from datasets import fit, read_image
-from datasets.large import LargePicture
+from datasets.large import LargePicture, picture_size
 from metrics import ConfusionMatrix, predicted_ids
 from models import MODELS, build_model, load_model
 from predict import Args
@@ -319,6 +319,22 @@ def test_rows_and_fitted_pictures_equal_those_of_reading_at_once(tmp_path, mode,
     assert box == expected_box
     rounding = 0 if mode in ("RGB", "L") else 1
     assert np.abs(fitted.astype(int) - expected).max() <= rounding
+
+
+@pytest.mark.parametrize("ending", ["tif", "png", "jpg"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_pictures_size_is_that_of_the_picture_as_read(tmp_path, ending, turn):
+    path = tmp_path / f"picture.{ending}"
+    turned_picture(path, "RGB", turn)
+    assert picture_size(path) == read_image(path).shape[:2]
+
+
+def test_whether_a_picture_is_large_is_told_without_decoding_it(tmp_path):
+    path = tmp_path / "cut.png"
+    Image.effect_noise((5000, 4000), 50).save(path, compress_level=1)
+    path.write_bytes(path.read_bytes()[:5000])
+    info = SimpleNamespace(class_names=["a", "b"])
+    assert predict.is_large(predict.Work(Args(), info, None, None, None, [path], ["cut"], []), 0)
 
 
 SCRIPT = """
