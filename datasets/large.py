@@ -111,7 +111,8 @@ class LargePicture:
         """The whole picture with neither side above `side`, uint8 (h, w) or (h, w, 3), to be looked at."""
         factor = -(-max(self.size) // side)
         bands = slice(3) if self.in_channels >= 3 else 0
-        strips = (Image.fromarray(strip[..., bands]) for _, strip in self.strips(factor * STEP))
+        step = factor * max(1, STRIP // (factor * self.size[1]))
+        strips = (Image.fromarray(strip[..., bands]) for _, strip in self.strips(step))
         return np.concatenate([np.asarray(strip.reduce(factor)) for strip in strips])
 
     def _look_at(self, picture: Image.Image) -> None:

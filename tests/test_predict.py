@@ -337,6 +337,22 @@ def test_whether_a_picture_is_large_is_told_without_decoding_it(tmp_path):
     assert predict.is_large(predict.Work(Args(), info, None, None, None, [path], ["cut"], []), 0)
 
 
+def test_a_wide_picture_is_reduced_by_few_rows_at_a_time(tmp_path):
+    sizes = []
+
+    class Watched(LargePicture):
+        def rows(self, top, bottom):
+            sizes.append((bottom - top) * self.size[1])
+            return super().rows(top, bottom)
+
+    path = tmp_path / "wide.png"
+    Image.effect_noise((60000, 200), 50).save(path, compress_level=1)
+    with Watched(path, 3) as picture:
+        reduced = picture.reduced(4096)
+    assert np.array_equal(reduced, np.asarray(Image.fromarray(read_image(path)).reduce(15)))
+    assert max(sizes) <= 2**22
+
+
 SCRIPT = """
 import resource, sys
 import predict
