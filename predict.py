@@ -112,11 +112,17 @@ def segment(model: nn.Module, picture: np.ndarray) -> np.ndarray:
         uint8 (H, W), int16 above 256 classes.
 
     Raises:
-        ValueError: `picture` is something else.
+        ValueError: `model` or `picture` is something else, or `picture` is empty.
     """
+    if not hasattr(model, "info"):
+        raise ValueError(
+            f"segment takes a model of models.load_model; got a {type(model).__name__} without info. "
+            "Load a run's best.pt, which knows how the pictures of its training were prepared."
+        )
     channels = model.info.architecture["in_channels"]
     got = f"{getattr(picture, 'dtype', '')} {getattr(picture, 'shape', '')}".strip()
-    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (channels,):
+    fits = isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.size
+    if not fits or picture.shape[2:] != (channels,):
         raise ValueError(
             f"segment takes a uint8 array of (H, W, {channels}); got {type(picture).__name__} {got}. "
             "datasets.read_image gives one of a file."

@@ -126,13 +126,19 @@ def test_one_picture_in_other_code_equals_the_written_mask(args, data, tmp_path)
         np.zeros((40, 50, 4), np.uint8),
         torch.zeros(40, 50, 3, dtype=torch.uint8),
         "picture.png",
+        np.zeros((0, 50, 3), np.uint8),
     ],
-    ids=["floats", "channels first", "grey", "four channels", "tensor", "path"],
+    ids=["floats", "channels first", "grey", "four channels", "tensor", "path", "empty"],
 )
 def test_a_picture_that_segment_cannot_take_is_refused_with_what_it_takes(args, picture):
     model = load_model(args().weights)
     with pytest.raises(ValueError, match=r"uint8 array of \(H, W, 3\); got .+\. datasets.read_image"):
         predict.segment(model, picture)
+
+
+def test_segment_refuses_a_model_that_no_checkpoint_describes():
+    with pytest.raises(ValueError, match="model of models.load_model; got a UNet without info"):
+        predict.segment(build_model("unet", 2, base_channels=4), np.zeros((40, 50, 3), np.uint8))
 
 
 def test_masks_come_back_in_the_training_masks_own_encoding(args, data, tmp_path):
