@@ -15,7 +15,7 @@ class Args:
     # fmt: off
 
     # What
-    weights: str | None = None  # a run's best.pt or last.pt; None: the newest best.pt in runs/
+    weights: str | None = None  # a run's folder, best.pt or last.pt; None: the newest best.pt in runs/
     input: str = "mock_data/predict"  # a picture, a folder of pictures, or a pattern such as "photos/*.jpg"
     recursive: bool = False  # take the pictures in the input's sub-folders, too
     truth: str | None = None  # folder of masks of the same names: score the predictions
@@ -167,6 +167,7 @@ def main(args: Args) -> int:
     """
     with mendable():
         weights = Path(args.weights) if args.weights else newest_weights(default_runs())
+        weights = weights / "best.pt" if weights.is_dir() else weights
         if args.export:
             return write_network(weights, Path(args.export))
         work = prepare(args, weights)

@@ -556,6 +556,15 @@ def test_the_newest_weights_are_found_whatever_slip_config_py_has(args, tmp_path
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
 
 
+def test_the_folder_of_a_run_stands_for_its_best_weights(args, tmp_path, capsys):
+    given = args()
+    run = Path(given.weights).parent
+    predict.main(replace(given, weights=str(run)))
+    assert f"{run / 'best.pt'}: unet" in capsys.readouterr().out
+    with pytest.raises(Fail, match="best.pt"):
+        predict.main(replace(given, weights=str(run.parent)))
+
+
 def test_an_output_dir_that_is_no_text_is_refused_where_weights_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "Config", SimpleNamespace(output_dir=("runs",)))
     with pytest.raises(Fail, match="output_dir must be text; got 'runs'"):
