@@ -492,7 +492,7 @@ def write_network(weights: Path, path: Path) -> int:
         ValueError: as `check_target` and `load_model`.
         OSError: likewise, or the file cannot be written.
     """
-    from utils.export import SIZES, check_target, export  # slow to import
+    from utils.export import SIZES, SMALLEST, check_target, export  # slow to import
 
     check_target(path)
     model = load_model(weights)
@@ -500,7 +500,9 @@ def write_network(weights: Path, path: Path) -> int:
     about = {k: vars(info)[k] for k in ("class_names", "image_size", "resize", "palette", "epoch")}
     difference = export(model, path, mean=info.mean, std=info.std, about=about)
     channels, classes = info.architecture["in_channels"], info.architecture["num_classes"]
-    print(f"wrote {path}: pictures uint8 (N, {channels}, H, W), as read, to logits (N, {classes}, H, W)")
+    least = f", {SMALLEST} pixels a side or more" if path.suffix == ".pt2" else ""
+    pictures = f"pictures uint8 (N, {channels}, H, W){least}, as read"
+    print(f"wrote {path}: {pictures}, to logits (N, {classes}, H, W)")
     if difference is None:
         print("not run: install onnxruntime to have it compared with the network")
     else:

@@ -612,7 +612,9 @@ def test_an_exported_program_gives_the_networks_logits_for_pictures_of_any_size(
 @needs_export
 def test_export_writes_a_file_and_predicts_nothing(args, tmp_path, capsys):
     predict.main(args(export=str(tmp_path / "net.pt2")))
-    assert "differ from the network's by" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "differ from the network's by" in printed
+    assert "(N, 3, H, W), 33 pixels a side or more, as read" in printed
     assert (tmp_path / "net.pt2").exists()
     assert not (tmp_path / "out").exists()
 
