@@ -1,6 +1,7 @@
 """Entry points of torch.hub, e.g. `torch.hub.load(folder, "deeplabv3plus", source="local", num_classes=21)`.
 
-Each gives its network with random weights; `torch.hub.help` prints the options, e.g. `backbone="resnet18"`.
+Each gives its network with random weights. In this folder `python -c "import models; help(models.PSPNet)"`
+prints its options, e.g. `backbone="resnet18"`; `torch.hub.help` reads no local folder.
 """
 
 from models import FCN as fcn

@@ -1,10 +1,11 @@
 """Predict masks for pictures: edit class Args, then run `python predict.py`. Every field is also a flag."""
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.cli import Fail, Parsed, end_with, mendable, parse
+from utils.cli import Fail, Parsed, coerce, end_with, mendable, parse
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Args:
     # fmt: off
 
     # What
-    weights: str | None = None  # a run's best.pt or last.pt; None: the newest best.pt in runs/
+    weights: str | None = None  # a run's folder, best.pt or last.pt; None: the newest best.pt in runs/
     input: str = "mock_data/predict"  # a picture, a folder of pictures, or a pattern such as "photos/*.jpg"
     recursive: bool = False  # take the pictures in the input's sub-folders, too
     truth: str | None = None  # folder of masks of the same names: score the predictions
@@ -42,7 +43,10 @@ class Args:
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Bring `window` to (height, width) and refuse what cannot be."""
+        """Bring `window` to (height, width), take ~ as the home folder, and refuse what cannot be."""
+        for name in ("weights", "input", "truth", "output", "export"):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.expanduser(path))
         if isinstance(self.window, int):
             object.__setattr__(self, "window", (self.window, self.window))
         for name, low, high in (("overlap", 0, 0.9), ("threshold", 0, 1)):
@@ -61,7 +65,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help and a wro
     PARSED = end_with(lambda: parse(Args, sys.argv[1:], __doc__))
 
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -109,11 +112,17 @@ def segment(model: nn.Module, picture: np.ndarray) -> np.ndarray:
         uint8 (H, W), int16 above 256 classes.
 
     Raises:
-        ValueError: `picture` is something else.
+        ValueError: `model` or `picture` is something else, or `picture` is empty.
     """
+    if not hasattr(model, "info"):
+        raise ValueError(
+            f"segment takes a model of models.load_model; got a {type(model).__name__} without info. "
+            "Load a run's best.pt, which knows how the pictures of its training were prepared."
+        )
     channels = model.info.architecture["in_channels"]
     got = f"{getattr(picture, 'dtype', '')} {getattr(picture, 'shape', '')}".strip()
-    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.shape[2:] != (channels,):
+    fits = isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.size
+    if not fits or picture.shape[2:] != (channels,):
         raise ValueError(
             f"segment takes a uint8 array of (H, W, {channels}); got {type(picture).__name__} {got}. "
             "datasets.read_image gives one of a file."
@@ -146,7 +155,8 @@ class Done:
     index: int
     problem: str = ""  # why it, or something of it, is not written
     shares: list[float] | None = None  # of each class; None where nothing is written
-    matrix: ConfusionMatrix | None = None  # against the truth
+    scores: dict[str, float] | None = None  # of SCORES, against the truth
+    matrix: ConfusionMatrix | None = None  # likewise, until it is merged: 8 MiB of 1000 classes
 
 
 def main(args: Args) -> int:
@@ -156,19 +166,29 @@ def main(args: Args) -> int:
         Fail: for all that the user can mend, before anything is written; code 1 where pictures were skipped.
     """
     with mendable():
-        weights = Path(args.weights) if args.weights else newest_weights(Path(Config().output_dir))
+        weights = Path(args.weights) if args.weights else newest_weights(default_runs())
+        weights = weights / "best.pt" if weights.is_dir() else weights
         if args.export:
             return write_network(weights, Path(args.export))
         work = prepare(args, weights)
     started = time.perf_counter()
-    done = predict_all(work)
-    report(work, [one for one in done if one.shares], time.perf_counter() - started)
+    done, total = predict_all(work)
+    report(work, [one for one in done if one.shares], total, time.perf_counter() - started)
     problems = [one.problem for one in done if one.problem]
     if problems:
         rest = "" if len(problems) == len(done) else ", the others are written"
         heading = f"{len(problems)} of {len(done)} pictures had problems{rest}:"
         raise Fail("\n  ".join([heading, *problems]), 1)
     return 0
+
+
+def default_runs() -> Path:
+    """The folder of runs that config.py names; its other settings may be half edited.
+
+    Raises:
+        Fail: it names none.
+    """
+    return Path(os.path.expanduser(coerce("output_dir", Config.output_dir, str)))
 
 
 def prepare(args: Args, weights: Path) -> Work:
@@ -185,7 +205,12 @@ def prepare(args: Args, weights: Path) -> Work:
         raise ValueError(f"threshold is for two classes; {weights} has {len(info.class_names)}. Leave it out")
     precision = pick_precision(args.amp or info.amp, device)
     files = find_images(args.input, args.recursive)
+    for file in map(str, files):  # summary.csv names them all, and is UTF-8
+        if (shown := file.encode("utf-8", "backslashreplace").decode()) != file:
+            raise ValueError(f"{shown}: its name is no UTF-8: rename it")
     encoding = Encoding.from_dict(info.encoding)
+    if args.encoding == "source":
+        encoding.decode(np.arange(len(info.class_names))[None])  # refuses what no mask could be written as
     truths = pair_truth(files, args.truth, info.mask_suffix, encoding) if args.truth else []
     output = Path(args.output)
     try_output(output, "output")
@@ -202,11 +227,14 @@ def prepare(args: Args, weights: Path) -> Work:
     return Work(args, info, network, window_of(info, args.window), encoding, files, names, truths)
 
 
-def predict_all(work: Work) -> list[Done]:
+def predict_all(work: Work) -> tuple[list[Done], ConfusionMatrix | None]:
     """Predict and write every picture; each thread takes its own from file to file.
 
     On a CPU each has its share of the cores, so that none waits for another at every layer. Large pictures
     come last, one by one, on all cores.
+
+    Returns:
+        What came of each picture, and the confusion matrix of all where the truth is given.
 
     Raises:
         Fail: the output cannot be written.
@@ -229,19 +257,23 @@ def predict_all(work: Work) -> list[Done]:
         yield from (predict_large(work, index) for index in large)
 
     done = []
+    total = ConfusionMatrix(len(work.info.class_names), work.info.ignore_index) if work.truths else None
     with pool, tqdm(total=len(work.files), unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
         for one in one_by_one():
             done.append(one)
+            if total and one.matrix:
+                total.merge(one.matrix)
+                one.matrix = None
             bar.update()
             if one.problem:  # said at once, and again at the end
                 print(f"problem: {one.problem}", file=sys.stderr)
-    return sorted(done, key=lambda one: one.index)
+    return sorted(done, key=lambda one: one.index), total
 
 
 def is_large(work: Work, index: int) -> bool:
     """Whether a picture is to be taken in strips; what is no picture is told when it is read."""
     try:
-        height, width = picture_size(work.files[index])
+        height, width = picture_size(work.files[index], upright=False)
     except (ValueError, OSError):
         return False
     return height * width * max(4, len(work.info.class_names)) > LARGE
@@ -344,6 +376,8 @@ def finish(
                 target = torch.from_numpy(work.encoding.encode(raw))
                 done.matrix.update(preds[top : top + len(raw)], target)
         done.matrix.join()
+        scores = done.matrix.scores()
+        done.scores = {name: getattr(scores, name) for name in SCORES}
     try:
         save(work, index, ids, picture, probabilities)
     except OSError as error:
@@ -355,10 +389,13 @@ def save(
     work: Work, index: int, ids: np.ndarray, picture: np.ndarray | None, probabilities: np.ndarray | None
 ) -> None:
     """Write a mask (H, W), its overlay on a picture (h, w, C), and float16 probabilities (classes, H, W)."""
-    info = work.info
+    info, base = work.info, Path(work.args.output)
+    if (base / "masks" / f"{work.names[index]}.png").exists():  # with it goes what was made beside it
+        for name in (f"overlays/{work.names[index]}.png", f"probabilities/{work.names[index]}.npz"):
+            (base / name).unlink(missing_ok=True)
 
     def place(folder: str, ending: str) -> Path:
-        path = Path(work.args.output) / folder / f"{work.names[index]}{ending}"
+        path = base / folder / f"{work.names[index]}{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -387,7 +424,7 @@ def source_mask(ids: np.ndarray, encoding: Encoding) -> Image.Image:
     return mask
 
 
-def report(work: Work, done: list[Done], seconds: float) -> None:
+def report(work: Work, done: list[Done], total: ConfusionMatrix | None, seconds: float) -> None:
     """Write summary.csv and, where there is a truth, scores.csv; print each class's share and scores."""
     if not done:
         return
@@ -395,6 +432,8 @@ def report(work: Work, done: list[Done], seconds: float) -> None:
     files = [str(work.files[one.index]) for one in done]
     shares = [dict(zip(names, one.shares, strict=True)) for one in done]
     rows = [{"picture": file} | row for file, row in zip(files, shares, strict=True)]
+    if not total and (output / SUMMARY).exists():  # an earlier prediction's
+        (output / "scores.csv").unlink(missing_ok=True)
     write_log(output / SUMMARY, rows)
     table = []
     for name in names:
@@ -402,12 +441,8 @@ def report(work: Work, done: list[Done], seconds: float) -> None:
         share = f"{100 * sum(found) / len(found):.2f} %"
         table.append([f"  {name}", share, str(sum(value > 0 for value in found))])
     print(format_table(["  class", "share", "pictures"], table))
-    if work.truths:
-        total, rows = ConfusionMatrix(len(names), work.info.ignore_index), []
-        for file, one in zip(files, done, strict=True):
-            total.merge(one.matrix)
-            scores = one.matrix.scores()
-            rows.append({"picture": file} | {name: getattr(scores, name) for name in SCORES})
+    if total:
+        rows = [{"picture": file} | one.scores for file, one in zip(files, done, strict=True)]
         rows.sort(key=lambda row: (math.isnan(row["mean_iou"]), row["mean_iou"]))  # the worst first
         write_log(output / "scores.csv", rows)
         scores = total.scores()
@@ -457,7 +492,7 @@ def write_network(weights: Path, path: Path) -> int:
         ValueError: as `check_target` and `load_model`.
         OSError: likewise, or the file cannot be written.
     """
-    from utils.export import SIZES, check_target, export  # slow to import
+    from utils.export import SIZES, SMALLEST, check_target, export  # slow to import
 
     check_target(path)
     model = load_model(weights)
@@ -465,7 +500,9 @@ def write_network(weights: Path, path: Path) -> int:
     about = {k: vars(info)[k] for k in ("class_names", "image_size", "resize", "palette", "epoch")}
     difference = export(model, path, mean=info.mean, std=info.std, about=about)
     channels, classes = info.architecture["in_channels"], info.architecture["num_classes"]
-    print(f"wrote {path}: pictures uint8 (N, {channels}, H, W), as read, to logits (N, {classes}, H, W)")
+    least = f", {SMALLEST} pixels a side or more" if path.suffix == ".pt2" else ""
+    pictures = f"pictures uint8 (N, {channels}, H, W){least}, as read"
+    print(f"wrote {path}: {pictures}, to logits (N, {classes}, H, W)")
     if difference is None:
         print("not run: install onnxruntime to have it compared with the network")
     else:

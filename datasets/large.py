@@ -20,8 +20,12 @@ STRIP = 2**22  # pixels of a strip
 AS_IS = (("RGB", 3), ("L", 1), ("L", 3))  # mode and channels: resizing and converting may change places
 
 
-def picture_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of a picture, EXIF applied, from the file's head alone.
+def picture_size(path: str | Path, *, upright: bool = True) -> tuple[int, int]:
+    """Height and width of a picture.
+
+    Args:
+        path: the file.
+        upright: as EXIF turns it, for which a PNG is decoded; else as stored, from the file's head alone.
 
     Raises:
         DataError: unreadable or too large; the message names the file.
@@ -31,7 +35,8 @@ def picture_size(path: str | Path) -> tuple[int, int]:
         if path.suffix.lower() == ".npy":
             return reading._npy(path).shape[:2]
         with reading._open(path) as picture:
-            return picture.size if reading._orientation(picture) >= 5 else picture.size[::-1]
+            turned = upright and picture.format != "TIFF"  # of which Pillow gives the turned size
+            return picture.size if turned and reading._orientation(picture) >= 5 else picture.size[::-1]
 
 
 class LargePicture:
@@ -106,7 +111,8 @@ class LargePicture:
         """The whole picture with neither side above `side`, uint8 (h, w) or (h, w, 3), to be looked at."""
         factor = -(-max(self.size) // side)
         bands = slice(3) if self.in_channels >= 3 else 0
-        strips = (Image.fromarray(strip[..., bands]) for _, strip in self.strips(factor * STEP))
+        step = factor * max(1, STRIP // (factor * self.size[1]))
+        strips = (Image.fromarray(strip[..., bands]) for _, strip in self.strips(step))
         return np.concatenate([np.asarray(strip.reduce(factor)) for strip in strips])
 
     def _look_at(self, picture: Image.Image) -> None:

@@ -3,9 +3,10 @@
 import csv
 import importlib.util
 import json
+import os
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +18,10 @@ from PIL import Image
 
 import predict
 import train
+from config import Config
 from datasets import fit, read_image
-from datasets.large import LargePicture
-from metrics import predicted_ids
+from datasets.large import LargePicture, picture_size
+from metrics import ConfusionMatrix, predicted_ids
 from models import MODELS, build_model, load_model
 from predict import Args
 from utils.cli import Fail, parse
@@ -124,13 +126,19 @@ def test_one_picture_in_other_code_equals_the_written_mask(args, data, tmp_path)
         np.zeros((40, 50, 4), np.uint8),
         torch.zeros(40, 50, 3, dtype=torch.uint8),
         "picture.png",
+        np.zeros((0, 50, 3), np.uint8),
     ],
-    ids=["floats", "channels first", "grey", "four channels", "tensor", "path"],
+    ids=["floats", "channels first", "grey", "four channels", "tensor", "path", "empty"],
 )
 def test_a_picture_that_segment_cannot_take_is_refused_with_what_it_takes(args, picture):
     model = load_model(args().weights)
     with pytest.raises(ValueError, match=r"uint8 array of \(H, W, 3\); got .+\. datasets.read_image"):
         predict.segment(model, picture)
+
+
+def test_segment_refuses_a_model_that_no_checkpoint_describes():
+    with pytest.raises(ValueError, match="model of models.load_model; got a UNet without info"):
+        predict.segment(build_model("unet", 2, base_channels=4), np.zeros((40, 50, 3), np.uint8))
 
 
 def test_masks_come_back_in_the_training_masks_own_encoding(args, data, tmp_path):
@@ -142,6 +150,28 @@ def test_masks_come_back_in_the_training_masks_own_encoding(args, data, tmp_path
         v for path in (tmp_path / "out" / "masks").iterdir() for v in np.unique(np.array(Image.open(path)))
     }
     assert values <= {0, 255}
+
+
+def test_classes_that_the_training_masks_encoding_lacks_are_refused_before_any_work(args, tmp_path):
+    given = args(encoding="source")
+    content = torch.load(given.weights, weights_only=True)
+    table = content["info"]["encoding"]["table"]
+    content["info"]["encoding"]["table"] = [[raw, id_] for raw, id_ in table if id_ != 1]
+    torch.save(content, given.weights)
+    with pytest.raises(Fail, match=r"class ids \[1\] have no value in .*Use encoding index") as caught:
+        predict.main(given)
+    assert caught.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_a_picture_whose_name_is_no_text_is_refused_before_any_work(args, data, tmp_path):
+    given, picture = args(), data / "val" / "images" / "p0.png"
+    os.rename(picture, os.path.join(os.fsencode(picture.parent), b"caf\xe9.png"))
+    with pytest.raises(Fail, match=r"caf\\udce9.png: its name is no UTF-8: rename it") as caught:
+        predict.main(given)
+    assert caught.value.code == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_picture_alone_a_pattern_and_sub_folders_are_found(args, data, tmp_path):
@@ -223,6 +253,18 @@ def test_a_truth_of_0_and_255_for_a_network_of_0_and_1_is_told_to_lack_a_class(a
     )
 
 
+def test_no_picture_keeps_its_confusion_matrix_and_their_total_is_that_of_all_pixels(args, data, tmp_path):
+    given = args(truth=str(data / "val" / "masks"), num_workers=2, batch_size=1)
+    work = predict.prepare(given, Path(given.weights))
+    done, total = predict.predict_all(work)
+    expected = ConfusionMatrix(2)
+    for picture, truth in zip(work.files, work.truths, strict=True):
+        files = (tmp_path / "out" / "masks" / f"{picture.stem}.png", truth)
+        expected.update(*(torch.from_numpy(np.array(Image.open(file))) for file in files))
+    assert torch.equal(total.state(), expected.state())
+    assert [(one.matrix, set(one.scores)) for one in done] == [(None, set(predict.SCORES))] * 3
+
+
 def test_probabilities_are_written_and_their_argmax_is_the_mask(args, tmp_path):
     predict.main(args({"amp": "off"}, probabilities=True))
     found = np.load(tmp_path / "out" / "probabilities" / "p0.npz")["probabilities"]
@@ -285,6 +327,38 @@ def test_rows_and_fitted_pictures_equal_those_of_reading_at_once(tmp_path, mode,
     assert np.abs(fitted.astype(int) - expected).max() <= rounding
 
 
+@pytest.mark.parametrize("ending", ["tif", "png", "jpg"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_a_pictures_size_is_that_of_the_picture_as_read(tmp_path, ending, turn):
+    path = tmp_path / f"picture.{ending}"
+    turned_picture(path, "RGB", turn)
+    assert picture_size(path) == read_image(path).shape[:2]
+
+
+def test_whether_a_picture_is_large_is_told_without_decoding_it(tmp_path):
+    path = tmp_path / "cut.png"
+    Image.effect_noise((5000, 4000), 50).save(path, compress_level=1)
+    path.write_bytes(path.read_bytes()[:5000])
+    info = SimpleNamespace(class_names=["a", "b"])
+    assert predict.is_large(predict.Work(Args(), info, None, None, None, [path], ["cut"], []), 0)
+
+
+def test_a_wide_picture_is_reduced_by_few_rows_at_a_time(tmp_path):
+    sizes = []
+
+    class Watched(LargePicture):
+        def rows(self, top, bottom):
+            sizes.append((bottom - top) * self.size[1])
+            return super().rows(top, bottom)
+
+    path = tmp_path / "wide.png"
+    Image.effect_noise((60000, 200), 50).save(path, compress_level=1)
+    with Watched(path, 3) as picture:
+        reduced = picture.reduced(4096)
+    assert np.array_equal(reduced, np.asarray(Image.fromarray(read_image(path)).reduce(15)))
+    assert max(sizes) <= 2**22
+
+
 SCRIPT = """
 import resource, sys
 import predict
@@ -324,6 +398,26 @@ def test_earlier_predictions_are_replaced_but_never_somebody_elses_masks(args, d
     predict.main(again)
     predict.main(again)
     assert "replaced" in capsys.readouterr().out
+
+
+def test_nothing_of_an_earlier_prediction_stays_beside_a_new_mask(args, data, tmp_path):
+    given, out = args(truth=str(data / "val" / "masks"), probabilities=True), tmp_path / "out"
+    predict.main(given)
+    one = replace(given, input=f"{given.input}/p0.png", truth=None)
+    predict.main(replace(one, overlay=False, probabilities=False))
+    assert not (out / "scores.csv").exists()
+    for folder in ("masks", "overlays", "probabilities"):
+        stems = {path.stem for path in (out / folder).iterdir()}
+        assert stems == {"p1", "p2"} | ({"p0"} if folder == "masks" else set())
+
+
+def test_files_that_no_prediction_wrote_are_left_where_nothing_is_written_over_them(args, tmp_path):
+    mine = [tmp_path / "out" / name for name in ("scores.csv", "overlays/p0.png", "probabilities/p0.npz")]
+    for path in mine:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    predict.main(args(overlay=False))
+    assert [path.read_text() for path in mine] == ["mine"] * 3
 
 
 def truncated(path):
@@ -451,6 +545,38 @@ def test_wrong_values_are_refused(flags):
         parse(Args, flags, "usage")
 
 
+@pytest.mark.parametrize("slip", [{}, {"batch_size": "4"}, {"batch_size": (4,)}, {"num_classes": 7}])
+def test_the_newest_weights_are_found_whatever_slip_config_py_has(args, tmp_path, monkeypatch, slip):
+    given = replace(args(), weights=None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"output_dir": "~/runs" if os.name == "posix" else str(tmp_path / "runs"), **slip}
+    fields = [(name, object, value) for name, value in values.items()]
+    monkeypatch.setattr(predict, "Config", make_dataclass("Edited", fields, bases=(Config,), frozen=True))
+    predict.main(given)
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
+
+
+def test_the_folder_of_a_run_stands_for_its_best_weights(args, tmp_path, capsys):
+    given = args()
+    run = Path(given.weights).parent
+    predict.main(replace(given, weights=str(run)))
+    assert f"{run / 'best.pt'}: unet" in capsys.readouterr().out
+    with pytest.raises(Fail, match="best.pt"):
+        predict.main(replace(given, weights=str(run.parent)))
+
+
+def test_an_output_dir_that_is_no_text_is_refused_where_weights_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "Config", SimpleNamespace(output_dir=("runs",)))
+    with pytest.raises(Fail, match="output_dir must be text; got 'runs'"):
+        predict.main(Args(output=str(tmp_path / "out")))
+
+
+def test_a_tilde_is_the_home_folder_in_every_path():
+    names = ("weights", "input", "truth", "output", "export")
+    given = Args(**{name: f"~/{name}" for name in names})
+    assert [getattr(given, name) for name in names] == [os.path.expanduser(f"~/{name}") for name in names]
+
+
 def test_the_command_line_ends_with_code_2_and_one_line(tmp_path):
     words = ["predict.py", "--weights", str(tmp_path / "none.pt")]
     code, _, errors = doors.run(words, ROOT, tmp_path / "printed")
@@ -486,7 +612,9 @@ def test_an_exported_program_gives_the_networks_logits_for_pictures_of_any_size(
 @needs_export
 def test_export_writes_a_file_and_predicts_nothing(args, tmp_path, capsys):
     predict.main(args(export=str(tmp_path / "net.pt2")))
-    assert "differ from the network's by" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "differ from the network's by" in printed
+    assert "(N, 3, H, W), 33 pixels a side or more, as read" in printed
     assert (tmp_path / "net.pt2").exists()
     assert not (tmp_path / "out").exists()
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from utils.checkpoint import write_atomic
 from utils.inference import fold_batch_norm, normalize
 
+SMALLEST = 33  # pixels a side of the pictures that a program takes
 SIZES = ((1, 64, 64), (3, 96, 128), (2, 33, 47), (1, 160, 90))  # (batch, height, width) that are tried
 OLDEST_TORCH = (2, 14)  # 2.10 kept exported networks to sizes that pool evenly
 ONNX_PACKAGES = ("onnx", "onnxscript")
@@ -110,7 +111,7 @@ def export(
             if isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size != 1:
                 folded.set_submodule(name, PooledByProducts(pool.output_size))
     example = (torch.zeros(2, len(mean), 64, 96, dtype=torch.uint8),)
-    sides = {2: torch.export.Dim("height", min=33), 3: torch.export.Dim("width", min=33)}
+    sides = {2: torch.export.Dim("height", min=SMALLEST), 3: torch.export.Dim("width", min=SMALLEST)}
     shapes = {"images": {0: torch.export.Dim("batch"), **sides}}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # about what export itself does
