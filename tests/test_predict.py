@@ -25,7 +25,7 @@ from metrics import ConfusionMatrix, predicted_ids
 from models import MODELS, build_model, load_model
 from predict import Args
 from utils.cli import Fail, parse
-from utils.export import PooledByProducts, export
+from utils.export import export
 from utils.inference import normalize
 
 ROOT = Path(__file__).parent.parent
@@ -640,12 +640,6 @@ def test_onnx_is_compared_with_the_network_or_refused_with_the_packages_to_insta
         with pytest.raises(Fail, match="pip install onnx"):
             predict.main(given)
         assert not (tmp_path / "net.onnx").exists()
-
-
-@pytest.mark.parametrize("bins", [2, 3, 6])
-def test_pooling_for_onnx_equals_adaptive_pooling(bins):
-    x = torch.randn(2, 3, 11, 16)
-    assert torch.allclose(PooledByProducts(bins)(x), torch.nn.AdaptiveAvgPool2d(bins)(x), atol=1e-6)
 
 
 @pytest.mark.parametrize("num_classes", [2, 256, 300])

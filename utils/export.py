@@ -42,25 +42,6 @@ class Exportable(nn.Module):
         return self.model(normalize(images, self.mean, self.std, channels_last=False))
 
 
-class PooledByProducts(nn.Module):
-    """AdaptiveAvgPool2d as two matrix products, for ONNX, which has no such pooling of free sizes."""
-
-    def __init__(self, bins: int) -> None:
-        super().__init__()
-        self.bins = bins
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Average (N, C, H, W) over `bins` x `bins` parts."""
-        return self._parts(x.shape[-2]) @ x @ self._parts(x.shape[-1]).T
-
-    def _parts(self, length: int) -> Tensor:
-        """(bins, length): 1 / count for each place of a part, floor(i n / b) to ceil((i + 1) n / b)."""
-        part, place = torch.arange(self.bins)[:, None], torch.arange(length)[None]
-        low = part * length // self.bins
-        high = ((part + 1) * length + self.bins - 1) // self.bins
-        return ((place >= low) & (place < high)).float() / (high - low)
-
-
 def check_target(path: Path) -> None:
     """Refuse what cannot be written, before any work.
 
@@ -107,9 +88,9 @@ def export(
     network = Exportable(model, mean, std).eval()
     folded = Exportable(fold_batch_norm(copy.deepcopy(model), len(mean)), mean, std).eval()
     if path.suffix == ".onnx":
-        for name, pool in list(folded.named_modules()):
-            if isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size != 1:
-                folded.set_submodule(name, PooledByProducts(pool.output_size))
+        for module in folded.modules():
+            if hasattr(module, "by_products"):  # a pooling that ONNX has not for free sizes
+                module.by_products = True
     example = (torch.zeros(2, len(mean), 64, 96, dtype=torch.uint8),)
     sides = {2: torch.export.Dim("height", min=SMALLEST), 3: torch.export.Dim("width", min=SMALLEST)}
     shapes = {"images": {0: torch.export.Dim("batch"), **sides}}
