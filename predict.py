@@ -5,10 +5,11 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from config import Config, settings
 from utils.cli import Fail, Parsed, coerce, end_with, mendable, parse
 
 
-@dataclass(frozen=True)
+@settings
 class Args:
     """What to predict, with which checkpoint, and what to write."""
 
@@ -80,7 +81,6 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config
 from datasets import Encoding, find_images, pair_truth, read_image
 from datasets.large import LargeMask, LargePicture, picture_size
 from datasets.reading import load_fitted
