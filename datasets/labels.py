@@ -65,6 +65,14 @@ def parse_labels(text: str) -> LabelMap:
     return LabelMap(rest.startswith("snap:"), kinds.pop(), tuple(table.items()))
 
 
+def write_labels(table: dict[int, int | None], colours: bool, snap: bool) -> str:
+    """The setting `labels` that `parse_labels` reads as this table of raw values and their class ids."""
+    rows = (
+        f"{raw_name(raw, colours)}={'ignore' if id_ is None else id_}" for raw, id_ in sorted(table.items())
+    )
+    return "snap:" * snap + ",".join(rows)
+
+
 @dataclass(frozen=True)
 class Encoding:
     """One table from raw mask values to class ids."""
@@ -253,11 +261,12 @@ def choose_encoding(
     try:
         return _choose(masks, counts, colours, num_classes, ignore_index, wanted, pack_all(class_colors))
     except ValueError as error:
-        common = [raw for raw, _ in counts.most_common(num_classes + 4)]
-        ids = {raw: i for i, raw in enumerate(sorted(common[:num_classes]))}
-        start = ",".join(f"{raw_name(raw, colours)}={ids.get(raw, 'ignore')}" for raw in sorted(common))
-        held, snap = listing(counts, colours, counts.total()), "snap:" * wanted.snap
-        message = f"{error} The masks hold {held}; a map to start from: labels '{snap}{start}'."
+        common = [raw for raw, _ in counts.most_common(num_classes + SHOWN)]
+        own = range(num_classes)
+        classes = own if not colours and set(own) <= set(counts) else sorted(common[:num_classes])
+        table = dict.fromkeys(common) | {raw: i for i, raw in enumerate(classes)}
+        held, start = listing(counts, colours, counts.total()), write_labels(table, colours, wanted.snap)
+        message = f"{error} The masks hold {held}; a map to start from: labels '{start}'."
         raise ValueError(message) from None
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from .labels import (
     RARE,
+    SHOWN,
     UNKNOWN,
     Colours,
     Encoding,
@@ -29,6 +30,7 @@ from .labels import (
     pack_all,
     parse_labels,
     raw_name,
+    write_labels,
 )
 from .pairing import Pair, Problems, pair_split
 from .reading import DataError, load_image, load_mask
@@ -129,8 +131,11 @@ def check_data(
         problems.raise_any()
     raws = np.array(list({raw for mask in masks.values() for raw in mask.read_as(encoding.as_colours)}))
     ids = dict(zip(raws.tolist(), encoding.lookup(raws).tolist(), strict=True))
+    remedy = _remedy([*masks.values()], encoding, ids)
     counts = {
-        split: np.array([_count_classes(p.mask, masks[p.mask], encoding, ids, problems) for p in good[split]])
+        split: np.array(
+            [_count_classes(p.mask, masks[p.mask], encoding, ids, remedy, problems) for p in good[split]]
+        )
         for split in SPLITS
     }
     problems.raise_any()
@@ -263,8 +268,26 @@ def _match(image: Path, mask: Path, found: dict, problems: Problems) -> Pair | N
     return None
 
 
+def _remedy(masks: list[MaskStats], encoding: Encoding, ids: dict) -> str:
+    """What to do about the values that have no class; a setting that it names works as written."""
+    strays, ways = [raw for raw, id_ in ids.items() if id_ == UNKNOWN], []
+    if not strays:
+        return ""
+    if encoding.kind in ("indices", "palette") and len(strays) == 1 and encoding.ignore_index not in ids:
+        ways.append(f"ignore_index {strays[0]}")
+    if encoding.num_classes <= 12 and len(strays) <= SHOWN and UNKNOWN not in strays:
+        ignored = {raw: None for raw, id_ in ids.items() if id_ in (UNKNOWN, encoding.ignore_index)}
+        table = {raw: id_ for raw, id_ in encoding.table if id_ != encoding.ignore_index} | ignored
+        ways.append(f"labels '{write_labels(table, encoding.as_colours, encoding.snap)}'")
+    if not ways:
+        return "mend it, or map every value in labels, this one as a class or ignore"
+    settings = f"set {' or '.join(ways)}"
+    is_rule = sum(any(ids[raw] == UNKNOWN for raw in mask.read_as(encoding.as_colours)) for mask in masks) > 1
+    return f"{settings}, or mend the masks" if is_rule else f"mend it, or {settings}"
+
+
 def _count_classes(
-    mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, problems: Problems
+    mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, remedy: str, problems: Problems
 ) -> list[int]:
     """Pixels of each class in one mask; what has no class, or nothing but ignored pixels, is a problem."""
     counts, strays, colours = [0] * encoding.num_classes, Counter(), encoding.as_colours
@@ -287,7 +310,6 @@ def _count_classes(
             problems.add("lossy masks", mask, finding, remedy)
         else:
             finding = f"{listing(strays, colours)}, {share:.2%} of pixels"
-            remedy = f"mend it, or name it in labels ('{raw_name(common[0], colours)}=ignore')"
             problems.add("values outside the classes", mask, finding, remedy)
     elif not any(counts):
         remedy = "remove the pair, or check ignore_index"

@@ -376,6 +376,35 @@ def test_mask_values_without_a_class_come_with_what_to_do(root):
     assert "set labels" in remedy and "as said" not in remedy
 
 
+@pytest.mark.parametrize("spread", [palette_png, lambda path, ids: save_mask(f"{path}.png", ids)])
+@pytest.mark.parametrize(
+    "values, settings, remedies",
+    [
+        ((0, 1, 5), {"num_classes": 2}, [{"ignore_index": 5}, {"labels": "0=0,1=1,5=ignore"}]),
+        ((0, 1, 2, 3, 7, 255), {"num_classes": 4}, [{"labels": "0=0,1=1,2=2,3=3,7=ignore,255=ignore"}]),
+        ((*range(20), 30), {"num_classes": 20}, [{"ignore_index": 30}]),
+    ],
+)
+def test_the_remedy_for_values_without_a_class_works_as_written(root, values, settings, remedies, spread):
+    wide = np.array(values)[np.indices(SIZE).sum(0) % len(values)]
+    colours = [(i, 255 - i, 0) for i in range(256)]
+    each_mask(root, lambda path, _: spread(path, wide, *[colours] * (spread is palette_png)))
+    with pytest.raises(DataError) as caught:
+        check_data(root, **settings)
+    written = [f"{name} {value!r}" for remedy in remedies for name, value in remedy.items()]
+    assert f"| set {' or '.join(written)}, or mend the masks" in str(caught.value)
+    for remedy in remedies:
+        assert check_data(root, **settings, **remedy).class_pixels["train"].all()
+
+
+def test_a_lone_stray_value_is_to_be_mended_first(root):
+    save_mask(root / "val/masks/p1.png", IDS + (IDS == 2) * 5)
+    with pytest.raises(
+        DataError, match=r"\| mend it, or set ignore_index 7 or labels '0=0,1=1,2=2,7=ignore'"
+    ):
+        check_data(root, num_classes=3)
+
+
 def grey_photo(root, mode, suffix=".png", **options):
     picture(3, mode=mode).save(
         replace(root / "train/images/p0.png", root / f"train/images/p0{suffix}"), **options
