@@ -19,6 +19,7 @@ Colours = Sequence[tuple[int, int, int]]  # (r, g, b) a class
 UNKNOWN = np.iinfo(np.int64).min  # class id of a raw value without one; colour of a value that is no grey
 NEAR = 40  # how far damage (JPEG, smoothing) moves most of the values that it moves
 RARE = 0.005  # of all pixels; what is far from every declared value and more common is no damage
+MOST_COLOURS = 256  # in masks that are drawn; more are shades, made by damage
 SHOWN = 16  # raw values that a message lists
 
 
@@ -280,12 +281,13 @@ def _choose(
     declared: list[int],
 ) -> tuple[Encoding, list[str]]:
     """As `choose_encoding`; what is wrong is said without what the masks hold."""
-    table, warnings, palette = dict(wanted.table), [], ()
+    table, meant, warnings, palette = dict(wanted.table), {}, [], ()
     if colours and table and not wanted.colours:
         raise ValueError("labels maps values, but there are colours, which want to be mapped too.")
     if colours:
         kind, named = "colours", set(table.values())
-        table |= {raw: i for i, raw in enumerate(declared) if i not in named and raw not in table}
+        meant = {raw: i for i, raw in enumerate(declared) if i not in named and raw not in table}
+        table |= meant
         if not table:
             raise ValueError("nothing says which class each colour is: set class_colors, or labels.")
     elif table:
@@ -311,6 +313,12 @@ def _choose(
             f"nothing stands for class {_some(missing)}. Name its value or colour in labels (and each "
             "class's own in class_colors), or lower num_classes."
         )
+    reach = NEAR if wanted.snap or _is_damaged(masks, counts) else 0
+    if meant and (share := _share_beyond(reach, counts, table, meant)):
+        raise ValueError(
+            f"class_colors are not the colours that the masks hold: {share:.0%} of pixels show none of "
+            "them. Set class_colors to what the masks hold, or map those colours in labels."
+        )
     rows = sorted((raw, ignore_index if id_ is None else id_) for raw, id_ in table.items())
     snap = wanted.snap and kind not in ("indices", "palette")  # between ids that lie 1 apart nothing is near
     encoding = Encoding(kind, num_classes, ignore_index, tuple(rows), snap, palette)
@@ -324,6 +332,22 @@ def _choose(
                 "value to be damage. Declare them in labels, as a class or ignore."
             )
     return encoding, warnings[:1]
+
+
+def _is_damaged(masks: list[MaskStats], counts: Counter) -> bool:
+    """True when a colour may be a shade of another: a file says so, or nobody draws with so many."""
+    return any(mask.damage for mask in masks) or len(counts) > MOST_COLOURS
+
+
+def _share_beyond(reach: int, counts: Counter, known: dict, declared: dict) -> float:
+    """The share of pixels of no known colour, where the declared ones must be another set's; else 0."""
+    found, distance = nearest(np.array([*counts]), known, colours=True)
+    is_known = distance <= reach
+    strays = sum(count for count, is_ in zip(counts.values(), is_known, strict=True) if not is_)
+    absent, total = set(declared) - set(found[is_known].tolist()), counts.total()
+    objects = total - max(counts.values())  # black is the background nearly everywhere
+    is_most = 2 * strays > (objects if 2 * len(absent) >= len(declared) else total)
+    return strays / total if absent and is_most else 0
 
 
 def _find_values(

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .labels import (
+    NEAR,
     RARE,
     SHOWN,
     UNKNOWN,
@@ -37,7 +38,7 @@ from .reading import DataError, load_image, load_mask
 
 SPLITS = ("train", "val")
 VERSION = 2  # of what is remembered of a file; raise it when reading or counting changes
-MANY_STRAYS = 8  # a mask with more values outside the classes is taken for a lossy one
+MANY_STRAYS = 8  # a mask with more near or rare values outside the classes is taken for a lossy one
 MOST_KEYS = 512  # raw values remembered of one mask; one with more is lossy, and the commonest tell enough
 
 
@@ -300,10 +301,12 @@ def _count_classes(
         finding = f"{stats.damage}, so that class ids may have changed unseen"
         problems.add("lossy masks", mask, finding, "export it again as an 8-bit PNG")
     elif strays:
-        common, share = [raw for raw, _ in strays.most_common(64)], strays.total() / sum(stats.counts)
-        if stats.damage or len(strays) > MANY_STRAYS:
-            near = dict.fromkeys(nearest(np.array(common), dict(encoding.table), colours)[0].tolist())
-            near = ", ".join(raw_name(raw, colours) for raw in [*near][:4])
+        raws, sizes = np.array(strays.most_common()).T
+        share = strays.total() / sum(stats.counts)
+        known, distance = nearest(raws, dict(encoding.table), colours)
+        is_near = (distance <= NEAR) & (not encoding.is_dense)
+        if stats.damage or (is_near | (sizes <= RARE * sum(stats.counts))).sum() > MANY_STRAYS:
+            near = ", ".join(raw_name(raw, colours) for raw in [*dict.fromkeys(known.tolist())][:4])
             many = f"{len(strays)} or more" if len(stats.keys) == MOST_KEYS else len(strays)
             finding = f"{many} stray values, {share:.2%} of pixels, near {near}: JPEG or smoothing"
             remedy = "export as PNG without smoothing, or set labels to snap"

@@ -261,6 +261,13 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {"class_colors": COLOURS},
         ["p0.jpg", "stray values"],
     ),
+    "poor JPEG of the declared colours": (
+        lambda r: each_mask(
+            r, lambda p, i: Image.fromarray(np.array(COLOURS, np.uint8)[i]).save(f"{p}.jpg", quality=20)
+        ),
+        {"class_colors": COLOURS},
+        ["p0.jpg", "stray values", "snap"],
+    ),
     "smooth edges": (lambda r: each_mask(r, smooth), {"num_classes": 2}, ["p0.png", "stray values", "near"]),
     "snap of class ids": (
         lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", i * 60)),
@@ -403,6 +410,53 @@ def test_a_lone_stray_value_is_to_be_mended_first(root):
         DataError, match=r"\| mend it, or set ignore_index 7 or labels '0=0,1=1,2=2,7=ignore'"
     ):
         check_data(root, num_classes=3)
+
+
+MANY_COLOURS = [(r, g, b) for r in (0, 255) for g in (0, 128, 255) for b in (0, 255)]
+OTHERS = ((230, 25, 75), (60, 180, 75), (255, 225, 25))
+
+
+@pytest.mark.parametrize("labels", ["auto", "snap"])
+@pytest.mark.parametrize(
+    "held, declared, ids",
+    [
+        (MANY_COLOURS[:4], ((0, 0, 0), *OTHERS), np.indices(SIZE).sum(0) % 4),
+        (
+            MANY_COLOURS[:4],
+            ((0, 0, 0), *OTHERS),
+            (np.indices(SIZE) % 20 < 4).all(0) * np.indices(SIZE)[1] % 4,
+        ),
+        (MANY_COLOURS, [(20 * i, 100, 10 * i) for i in range(12)], np.indices(SIZE).sum(0) % 12),
+    ],
+    ids=["four", "four on much background", "twelve"],
+)
+def test_class_colours_of_other_masks_are_told_once_with_a_map_that_works(root, held, declared, ids, labels):
+    each_mask(root, lambda path, _: colour_png(path, ids, held))
+    settings = {"num_classes": len(held), "class_colors": declared}
+    with pytest.raises(DataError, match="class_colors are not the colours that the masks hold") as caught:
+        check_data(root, labels=labels, **settings)
+    message = str(caught.value)
+    assert "1 problem found" in message and "smoothing" not in message
+    start = message.split("a map to start from: labels '")[1].split("'")[0]
+    assert check_data(root, **settings, labels=start).class_pixels["train"].all()
+
+
+def test_classes_that_a_small_set_lacks_are_no_wrong_class_colours(root):
+    each_mask(root, lambda path, ids: colour_png(path, ids % 2))
+    report = check_data(root, num_classes=5, class_colors=COLOURS + OTHERS[:2])
+    assert report.class_pixels["train"].tolist()[2:] == [0, 0, 0]
+    colour_png(root / "val/masks/p0", IDS % 2 * (np.arange(SIZE[1]) > 0), ((9, 9, 9), COLOURS[1]))
+    with pytest.raises(DataError, match=r"outside the classes \(1\):\n  val/masks/p0.png"):
+        check_data(root, num_classes=5, class_colors=COLOURS + OTHERS[:2])
+
+
+def test_many_clean_values_without_a_class_are_not_called_damaged(root):
+    ids = np.indices(SIZE).sum(0) % 12
+    each_mask(root, colour_png)
+    colour_png(root / "val/masks/p0", ids, MANY_COLOURS)
+    with pytest.raises(DataError, match=r"outside the classes \(1\):\n  val/masks/p0.png") as caught:
+        check_data(root, num_classes=3, class_colors=COLOURS)
+    assert "smoothing" not in str(caught.value)
 
 
 def grey_photo(root, mode, suffix=".png", **options):
