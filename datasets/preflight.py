@@ -127,12 +127,13 @@ def check_data(
     try:
         encoding, doubts = choose_encoding([*masks.values()], num_classes, ignore_index, labels, class_colors)
     except ValueError as error:
+        finding = ". ".join(filter(None, [_mixture(masks), str(error)]))
         remedy = "correct the setting named, or set labels to that map, each value with its class"
-        problems.add("mask values", root, str(error), remedy)
+        problems.add("mask values", root, finding, remedy)
         problems.raise_any()
     raws = np.array(list({raw for mask in masks.values() for raw in mask.read_as(encoding.as_colours)}))
     ids = dict(zip(raws.tolist(), encoding.lookup(raws).tolist(), strict=True))
-    remedy = _remedy([*masks.values()], encoding, ids)
+    remedy = _remedy(masks, encoding, ids)
     counts = {
         split: np.array(
             [_count_classes(p.mask, masks[p.mask], encoding, ids, remedy, problems) for p in good[split]]
@@ -269,13 +270,25 @@ def _match(image: Path, mask: Path, found: dict, problems: Problems) -> Pair | N
     return None
 
 
-def _remedy(masks: list[MaskStats], encoding: Encoding, ids: dict) -> str:
-    """What to do about the values that have no class; a setting that it names works as written."""
-    strays, ways = [raw for raw, id_ in ids.items() if id_ == UNKNOWN], []
-    if not strays:
+def _mixture(masks: dict[Path, MaskStats]) -> str:
+    """How many masks are in colour and how many are not, and which file to look at, where there are both."""
+    groups = [[path for path in masks if (masks[path].kind == "colour") == is_] for is_ in (True, False)]
+    if not all(groups):
         return ""
+    (colour, other), odd = map(len, groups), _name(min(groups, key=len)[0])
+    return f"masks in colour: {colour}, others: {other}; look at {odd} if all should be alike"
+
+
+def _remedy(masks: dict[Path, MaskStats], encoding: Encoding, ids: dict) -> str:
+    """What to do about the values that have no class; a setting that it names works as written."""
+    strays, ways = {raw for raw, id_ in ids.items() if id_ == UNKNOWN}, []
+    held = {path: mask.read_as(encoding.as_colours) for path, mask in masks.items()}
+    spoilt = [path for path in masks if not strays.isdisjoint(held[path])]
+    mixture = _mixture(masks)
+    if mixture and all(masks[path].kind != "colour" for path in spoilt):  # ids, more likely than greys
+        return f"make all masks of one kind: {mixture}"
     if encoding.kind in ("indices", "palette") and len(strays) == 1 and encoding.ignore_index not in ids:
-        ways.append(f"ignore_index {strays[0]}")
+        ways.append(f"ignore_index {min(strays)}")
     if encoding.num_classes <= 12 and len(strays) <= SHOWN and UNKNOWN not in strays:
         ignored = {raw: None for raw, id_ in ids.items() if id_ in (UNKNOWN, encoding.ignore_index)}
         table = {raw: id_ for raw, id_ in encoding.table if id_ != encoding.ignore_index} | ignored
@@ -283,8 +296,7 @@ def _remedy(masks: list[MaskStats], encoding: Encoding, ids: dict) -> str:
     if not ways:
         return "mend it, or map every value in labels, this one as a class or ignore"
     settings = f"set {' or '.join(ways)}"
-    is_rule = sum(any(ids[raw] == UNKNOWN for raw in mask.read_as(encoding.as_colours)) for mask in masks) > 1
-    return f"{settings}, or mend the masks" if is_rule else f"mend it, or {settings}"
+    return f"{settings}, or mend the masks" if len(spoilt) > 1 else f"mend it, or {settings}"
 
 
 def _count_classes(

@@ -450,6 +450,30 @@ def test_classes_that_a_small_set_lacks_are_no_wrong_class_colours(root):
         check_data(root, num_classes=5, class_colors=COLOURS + OTHERS[:2])
 
 
+@pytest.mark.parametrize("class_colors", [None, ((1, 2, 3), *OTHERS[:2])])
+def test_the_file_that_is_unlike_the_others_is_named(root, class_colors):
+    colour_png(root / "train/masks/p2", IDS)
+    with pytest.raises(DataError, match=r"masks in colour: 1, others: 4; look at train/masks/p2\.png"):
+        check_data(root, num_classes=3, class_colors=class_colors)
+    each_mask(root, colour_png)
+    for name in ("val/masks/p0", "val/masks/p1"):
+        palette_png(root / name, IDS)
+    with pytest.raises(DataError, match=r"masks in colour: 3, others: 2; look at val/masks/p0\.png"):
+        check_data(root, num_classes=3, class_colors=class_colors)
+    each_mask(root, colour_png)
+    with pytest.raises(DataError) as caught:
+        check_data(root, num_classes=3, class_colors=class_colors)
+    assert "in colour" not in str(caught.value)
+
+
+def test_ids_among_declared_colours_are_not_to_be_ignored(root):
+    colour_png(root / "train/masks/p2", IDS)
+    with pytest.raises(DataError) as caught:
+        check_data(root, num_classes=3, class_colors=COLOURS)
+    assert "masks in colour: 1, others: 4; look at train/masks/p2.png" in str(caught.value)
+    assert "#010101=ignore" not in str(caught.value)
+
+
 def test_many_clean_values_without_a_class_are_not_called_damaged(root):
     ids = np.indices(SIZE).sum(0) % 12
     each_mask(root, colour_png)
