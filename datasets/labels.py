@@ -262,11 +262,14 @@ def choose_encoding(
     try:
         return _choose(masks, counts, colours, num_classes, ignore_index, wanted, pack_all(class_colors))
     except ValueError as error:
-        common = [raw for raw, _ in counts.most_common(num_classes + SHOWN)]
+        is_rough = colours and _is_damaged(masks, counts)
+        groups = _join_shades(counts, num_classes + SHOWN) if is_rough else counts
+        common = [raw for raw, _ in groups.most_common(num_classes + (4 if is_rough else SHOWN))]
         own = range(num_classes)
         classes = own if not colours and set(own) <= set(counts) else sorted(common[:num_classes])
         table = dict.fromkeys(common) | {raw: i for i, raw in enumerate(classes)}
-        held, start = listing(counts, colours, counts.total()), write_labels(table, colours, wanted.snap)
+        held = listing(counts, colours, counts.total())
+        start = write_labels(table, colours, wanted.snap or is_rough)
         message = f"{error} The masks hold {held}; a map to start from: labels '{start}'."
         raise ValueError(message) from None
 
@@ -337,6 +340,16 @@ def _choose(
 def _is_damaged(masks: list[MaskStats], counts: Counter) -> bool:
     """True when a colour may be a shade of another: a file says so, or nobody draws with so many."""
     return any(mask.damage for mask in masks) or len(counts) > MOST_COLOURS
+
+
+def _join_shades(counts: Counter, most: int) -> Counter:
+    """The commonest colours, each with the pixels of those near it, which are left out as its shades."""
+    left, groups = np.array([raw for raw, _ in counts.most_common()]), Counter()
+    while left.size and len(groups) < most:
+        is_near = nearest(left, left[:1], colours=True)[1] <= NEAR
+        groups[int(left[0])] = sum(counts[raw] for raw in left[is_near].tolist())
+        left = left[~is_near]
+    return groups
 
 
 def _share_beyond(reach: int, counts: Counter, known: dict, declared: dict) -> float:

@@ -321,7 +321,8 @@ def _count_classes(
             near = ", ".join(raw_name(raw, colours) for raw in [*dict.fromkeys(known.tolist())][:4])
             many = f"{len(strays)} or more" if len(stats.keys) == MOST_KEYS else len(strays)
             finding = f"{many} stray values, {share:.2%} of pixels, near {near}: JPEG or smoothing"
-            remedy = "export as PNG without smoothing, or set labels to snap"
+            snap = "" if encoding.is_dense else ", or set labels to snap ('snap:' before a map)"
+            remedy = f"export as PNG without smoothing{snap}"
             problems.add("lossy masks", mask, finding, remedy)
         else:
             finding = f"{listing(strays, colours)}, {share:.2%} of pixels"

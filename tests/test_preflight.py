@@ -441,6 +441,38 @@ def test_class_colours_of_other_masks_are_told_once_with_a_map_that_works(root, 
     assert check_data(root, **settings, labels=start).class_pixels["train"].all()
 
 
+@pytest.mark.parametrize("class_colors", [None, ((1, 2, 3), *OTHERS[:2])])
+@pytest.mark.parametrize("suffix, quality", [("jpg", 95), ("jpg", 75), ("png", 100)])
+def test_a_map_to_start_from_for_damaged_colours_joins_shades_and_snaps(root, suffix, quality, class_colors):
+    ids = np.indices((96, 128)).sum(0) // 40 % 3
+    noise = np.random.default_rng(0).integers(0, 12, (*ids.shape, 3))
+
+    def save(path, _):
+        colours = np.abs(np.array(COLOURS)[ids] - (suffix == "png") * noise).astype(np.uint8)
+        Image.fromarray(colours).save(f"{path}.{suffix}", quality=quality, subsampling=0)
+
+    each_mask(root, save)
+    for path in root.glob("*/images/*"):
+        picture(int(path.stem[1:]) + len(str(path.parent)), ids.shape).save(path)
+    with pytest.raises(DataError, match="map to start from: labels 'snap:") as caught:
+        check_data(root, num_classes=3, class_colors=class_colors)
+    start = str(caught.value).split("map to start from: labels '")[1].split("'")[0]
+    assert start.count("=") - start.count("=ignore") == 3
+    report = check_data(root, num_classes=3, class_colors=class_colors, labels=start)
+    shares = report.class_pixels["train"] / report.class_pixels["train"].sum()
+    own = np.bincount(ids.ravel())[[0, 2, 1]] / ids.size  # by colour: black, blue, red
+    assert np.abs(shares - own).max() < 0.02
+
+
+def test_no_snap_is_advised_between_class_ids(root):
+    ids = np.arange(IDS.size).reshape(SIZE) % 16
+    ids[0, :10] = range(20, 30)  # one pixel each
+    save_mask(root / "val/masks/p0.png", ids)
+    with pytest.raises(DataError, match="10 stray values") as caught:
+        check_data(root, num_classes=16)
+    assert "set labels to snap" not in str(caught.value)
+
+
 def test_classes_that_a_small_set_lacks_are_no_wrong_class_colours(root):
     each_mask(root, lambda path, ids: colour_png(path, ids % 2))
     report = check_data(root, num_classes=5, class_colors=COLOURS + OTHERS[:2])
