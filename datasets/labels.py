@@ -66,12 +66,10 @@ def parse_labels(text: str) -> LabelMap:
     return LabelMap(rest.startswith("snap:"), kinds.pop(), tuple(table.items()))
 
 
-def write_labels(table: dict[int, int | None], colours: bool, snap: bool) -> str:
+def write_labels(table: dict[int, int | None], colours: bool, snap: bool = False) -> str:
     """The setting `labels` that `parse_labels` reads as this table of raw values and their class ids."""
-    rows = (
-        f"{raw_name(raw, colours)}={'ignore' if id_ is None else id_}" for raw, id_ in sorted(table.items())
-    )
-    return "snap:" * snap + ",".join(rows)
+    ids = {raw: "ignore" if table[raw] is None else table[raw] for raw in sorted(table)}
+    return "snap:" * snap + ",".join(f"{raw_name(raw, colours)}={ids[raw]}" for raw in ids)
 
 
 @dataclass(frozen=True)
@@ -262,10 +260,9 @@ def choose_encoding(
     try:
         return _choose(masks, counts, colours, num_classes, ignore_index, wanted, pack_all(class_colors))
     except ValueError as error:
-        is_rough = colours and _is_damaged(masks, counts)
+        is_rough, own = colours and _is_damaged(masks, counts), range(num_classes)
         groups = _join_shades(counts, num_classes + SHOWN) if is_rough else counts
         common = [raw for raw, _ in groups.most_common(num_classes + (4 if is_rough else SHOWN))]
-        own = range(num_classes)
         classes = own if not colours and set(own) <= set(counts) else sorted(common[:num_classes])
         table = dict.fromkeys(common) | {raw: i for i, raw in enumerate(classes)}
         held = listing(counts, colours, counts.total())
@@ -355,12 +352,12 @@ def _join_shades(counts: Counter, most: int) -> Counter:
 def _share_beyond(reach: int, counts: Counter, known: dict, declared: dict) -> float:
     """The share of pixels of no known colour, where the declared ones must be another set's; else 0."""
     found, distance = nearest(np.array([*counts]), known, colours=True)
-    is_known = distance <= reach
-    strays = sum(count for count, is_ in zip(counts.values(), is_known, strict=True) if not is_)
-    absent, total = set(declared) - set(found[is_known].tolist()), counts.total()
-    objects = total - max(counts.values())  # black is the background nearly everywhere
-    is_most = 2 * strays > (objects if 2 * len(absent) >= len(declared) else total)
-    return strays / total if absent and is_most else 0
+    pixels, is_known = np.array([*counts.values()]), distance <= reach
+    strays, total = pixels[~is_known].sum(), pixels.sum()
+    absent = set(declared) - set(found[is_known].tolist())
+    if 2 * len(absent) >= len(declared):
+        total -= pixels.max()  # black is the background nearly everywhere
+    return strays / pixels.sum() if absent and 2 * strays > total else 0
 
 
 def _find_values(

@@ -134,12 +134,8 @@ def check_data(
     raws = np.array(list({raw for mask in masks.values() for raw in mask.read_as(encoding.as_colours)}))
     ids = dict(zip(raws.tolist(), encoding.lookup(raws).tolist(), strict=True))
     remedy = _remedy(masks, encoding, ids)
-    counts = {
-        split: np.array(
-            [_count_classes(p.mask, masks[p.mask], encoding, ids, remedy, problems) for p in good[split]]
-        )
-        for split in SPLITS
-    }
+    each = {mask: _count_classes(mask, masks[mask], encoding, ids, remedy, problems) for mask in masks}
+    counts = {split: np.array([each[pair.mask] for pair in good[split]]) for split in SPLITS}
     problems.raise_any()
     if memory and not memory.exists():
         _remember(memory, found)
@@ -282,17 +278,15 @@ def _mixture(masks: dict[Path, MaskStats]) -> str:
 def _remedy(masks: dict[Path, MaskStats], encoding: Encoding, ids: dict) -> str:
     """What to do about the values that have no class; a setting that it names works as written."""
     strays, ways = {raw for raw, id_ in ids.items() if id_ == UNKNOWN}, []
-    held = {path: mask.read_as(encoding.as_colours) for path, mask in masks.items()}
-    spoilt = [path for path in masks if not strays.isdisjoint(held[path])]
-    mixture = _mixture(masks)
-    if mixture and all(masks[path].kind != "colour" for path in spoilt):  # ids, more likely than greys
+    spoilt = [mask for mask in masks.values() if not strays.isdisjoint(mask.read_as(encoding.as_colours))]
+    if (mixture := _mixture(masks)) and all(mask.kind != "colour" for mask in spoilt):  # ids, it seems
         return f"make all masks of one kind: {mixture}"
     if encoding.kind in ("indices", "palette") and len(strays) == 1 and encoding.ignore_index not in ids:
         ways.append(f"ignore_index {min(strays)}")
     if encoding.num_classes <= 12 and len(strays) <= SHOWN and UNKNOWN not in strays:
         ignored = {raw: None for raw, id_ in ids.items() if id_ in (UNKNOWN, encoding.ignore_index)}
         table = {raw: id_ for raw, id_ in encoding.table if id_ != encoding.ignore_index} | ignored
-        ways.append(f"labels '{write_labels(table, encoding.as_colours, encoding.snap)}'")
+        ways.append(f"labels '{write_labels(table, encoding.as_colours)}'")
     if not ways:
         return "mend it, or map every value in labels, this one as a class or ignore"
     settings = f"set {' or '.join(ways)}"
@@ -313,11 +307,11 @@ def _count_classes(
         finding = f"{stats.damage}, so that class ids may have changed unseen"
         problems.add("lossy masks", mask, finding, "export it again as an 8-bit PNG")
     elif strays:
-        raws, sizes = np.array(strays.most_common()).T
-        share = strays.total() / sum(stats.counts)
+        (raws, sizes), total = np.array(strays.most_common()).T, sum(stats.counts)
         known, distance = nearest(raws, dict(encoding.table), colours)
-        is_near = (distance <= NEAR) & (not encoding.is_dense)
-        if stats.damage or (is_near | (sizes <= RARE * sum(stats.counts))).sum() > MANY_STRAYS:
+        is_faint = (distance <= NEAR * (not encoding.is_dense)) | (sizes <= RARE * total)
+        share = strays.total() / total
+        if stats.damage or is_faint.sum() > MANY_STRAYS:
             near = ", ".join(raw_name(raw, colours) for raw in [*dict.fromkeys(known.tolist())][:4])
             many = f"{len(strays)} or more" if len(stats.keys) == MOST_KEYS else len(strays)
             finding = f"{many} stray values, {share:.2%} of pixels, near {near}: JPEG or smoothing"
