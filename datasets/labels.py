@@ -19,6 +19,7 @@ Colours = Sequence[tuple[int, int, int]]  # (r, g, b) a class
 UNKNOWN = np.iinfo(np.int64).min  # class id of a raw value without one; colour of a value that is no grey
 NEAR = 40  # how far damage (JPEG, smoothing) moves most of the values that it moves
 RARE = 0.005  # of all pixels; what is far from every declared value and more common is no damage
+MOST_COLOURS = 256  # in masks that are drawn; more are shades, made by damage
 SHOWN = 16  # raw values that a message lists
 
 
@@ -63,6 +64,12 @@ def parse_labels(text: str) -> LabelMap:
     if len(kinds) == 2:
         raise ValueError("labels mixes values and #colours. Use the one that the mask files hold.")
     return LabelMap(rest.startswith("snap:"), kinds.pop(), tuple(table.items()))
+
+
+def write_labels(table: dict[int, int | None], colours: bool, snap: bool = False) -> str:
+    """The setting `labels` that `parse_labels` reads as this table of raw values and their class ids."""
+    ids = {raw: "ignore" if table[raw] is None else table[raw] for raw in sorted(table)}
+    return "snap:" * snap + ",".join(f"{raw_name(raw, colours)}={ids[raw]}" for raw in ids)
 
 
 @dataclass(frozen=True)
@@ -253,11 +260,14 @@ def choose_encoding(
     try:
         return _choose(masks, counts, colours, num_classes, ignore_index, wanted, pack_all(class_colors))
     except ValueError as error:
-        common = [raw for raw, _ in counts.most_common(num_classes + 4)]
-        ids = {raw: i for i, raw in enumerate(sorted(common[:num_classes]))}
-        start = ",".join(f"{raw_name(raw, colours)}={ids.get(raw, 'ignore')}" for raw in sorted(common))
-        held, snap = listing(counts, colours, counts.total()), "snap:" * wanted.snap
-        message = f"{error} The masks hold {held}; a map to start from: labels '{snap}{start}'."
+        is_rough, own = colours and _is_damaged(masks, counts), range(num_classes)
+        groups = _join_shades(counts, num_classes + SHOWN) if is_rough else counts
+        common = [raw for raw, _ in groups.most_common(num_classes + (4 if is_rough else SHOWN))]
+        classes = own if not colours and set(own) <= set(counts) else sorted(common[:num_classes])
+        table = dict.fromkeys(common) | {raw: i for i, raw in enumerate(classes)}
+        held = listing(counts, colours, counts.total())
+        start = write_labels(table, colours, wanted.snap or is_rough)
+        message = f"{error} The masks hold {held}; a map to start from: labels '{start}'."
         raise ValueError(message) from None
 
 
@@ -271,12 +281,13 @@ def _choose(
     declared: list[int],
 ) -> tuple[Encoding, list[str]]:
     """As `choose_encoding`; what is wrong is said without what the masks hold."""
-    table, warnings, palette = dict(wanted.table), [], ()
+    table, meant, warnings, palette = dict(wanted.table), {}, [], ()
     if colours and table and not wanted.colours:
         raise ValueError("labels maps values, but there are colours, which want to be mapped too.")
     if colours:
         kind, named = "colours", set(table.values())
-        table |= {raw: i for i, raw in enumerate(declared) if i not in named and raw not in table}
+        meant = {raw: i for i, raw in enumerate(declared) if i not in named and raw not in table}
+        table |= meant
         if not table:
             raise ValueError("nothing says which class each colour is: set class_colors, or labels.")
     elif table:
@@ -302,6 +313,12 @@ def _choose(
             f"nothing stands for class {_some(missing)}. Name its value or colour in labels (and each "
             "class's own in class_colors), or lower num_classes."
         )
+    reach = NEAR if wanted.snap or _is_damaged(masks, counts) else 0
+    if meant and (share := _share_beyond(reach, counts, table, meant)):
+        raise ValueError(
+            f"class_colors are not the colours that the masks hold: {share:.0%} of pixels show none of "
+            "them. Set class_colors to what the masks hold, or map those colours in labels."
+        )
     rows = sorted((raw, ignore_index if id_ is None else id_) for raw, id_ in table.items())
     snap = wanted.snap and kind not in ("indices", "palette")  # between ids that lie 1 apart nothing is near
     encoding = Encoding(kind, num_classes, ignore_index, tuple(rows), snap, palette)
@@ -315,6 +332,32 @@ def _choose(
                 "value to be damage. Declare them in labels, as a class or ignore."
             )
     return encoding, warnings[:1]
+
+
+def _is_damaged(masks: list[MaskStats], counts: Counter) -> bool:
+    """True when a colour may be a shade of another: a file says so, or nobody draws with so many."""
+    return any(mask.damage for mask in masks) or len(counts) > MOST_COLOURS
+
+
+def _join_shades(counts: Counter, most: int) -> Counter:
+    """The commonest colours, each with the pixels of those near it, which are left out as its shades."""
+    left, groups = np.array([raw for raw, _ in counts.most_common()]), Counter()
+    while left.size and len(groups) < most:
+        is_near = nearest(left, left[:1], colours=True)[1] <= NEAR
+        groups[int(left[0])] = sum(counts[raw] for raw in left[is_near].tolist())
+        left = left[~is_near]
+    return groups
+
+
+def _share_beyond(reach: int, counts: Counter, known: dict, declared: dict) -> float:
+    """The share of pixels of no known colour, where the declared ones must be another set's; else 0."""
+    found, distance = nearest(np.array([*counts]), known, colours=True)
+    pixels, is_known = np.array([*counts.values()]), distance <= reach
+    strays, total = pixels[~is_known].sum(), pixels.sum()
+    absent = set(declared) - set(found[is_known].tolist())
+    if 2 * len(absent) >= len(declared):
+        total -= pixels.max()  # black is the background nearly everywhere
+    return strays / pixels.sum() if absent and 2 * strays > total else 0
 
 
 def _find_values(

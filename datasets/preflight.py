@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from .labels import (
+    NEAR,
     RARE,
+    SHOWN,
     UNKNOWN,
     Colours,
     Encoding,
@@ -29,13 +31,14 @@ from .labels import (
     pack_all,
     parse_labels,
     raw_name,
+    write_labels,
 )
 from .pairing import Pair, Problems, pair_split
 from .reading import DataError, load_image, load_mask
 
 SPLITS = ("train", "val")
 VERSION = 2  # of what is remembered of a file; raise it when reading or counting changes
-MANY_STRAYS = 8  # a mask with more values outside the classes is taken for a lossy one
+MANY_STRAYS = 8  # a mask with more near or rare values outside the classes is taken for a lossy one
 MOST_KEYS = 512  # raw values remembered of one mask; one with more is lossy, and the commonest tell enough
 
 
@@ -124,15 +127,15 @@ def check_data(
     try:
         encoding, doubts = choose_encoding([*masks.values()], num_classes, ignore_index, labels, class_colors)
     except ValueError as error:
+        finding = ". ".join(filter(None, [_mixture(masks), str(error)]))
         remedy = "correct the setting named, or set labels to that map, each value with its class"
-        problems.add("mask values", root, str(error), remedy)
+        problems.add("mask values", root, finding, remedy)
         problems.raise_any()
     raws = np.array(list({raw for mask in masks.values() for raw in mask.read_as(encoding.as_colours)}))
     ids = dict(zip(raws.tolist(), encoding.lookup(raws).tolist(), strict=True))
-    counts = {
-        split: np.array([_count_classes(p.mask, masks[p.mask], encoding, ids, problems) for p in good[split]])
-        for split in SPLITS
-    }
+    remedy = _remedy(masks, encoding, ids)
+    each = {mask: _count_classes(mask, masks[mask], encoding, ids, remedy, problems) for mask in masks}
+    counts = {split: np.array([each[pair.mask] for pair in good[split]]) for split in SPLITS}
     problems.raise_any()
     if memory and not memory.exists():
         _remember(memory, found)
@@ -263,8 +266,35 @@ def _match(image: Path, mask: Path, found: dict, problems: Problems) -> Pair | N
     return None
 
 
+def _mixture(masks: dict[Path, MaskStats]) -> str:
+    """How many masks are in colour and how many are not, and which file to look at, where there are both."""
+    groups = [[path for path in masks if (masks[path].kind == "colour") == is_] for is_ in (True, False)]
+    if not all(groups):
+        return ""
+    (colour, other), odd = map(len, groups), _name(min(groups, key=len)[0])
+    return f"masks in colour: {colour}, others: {other}; look at {odd} if all should be alike"
+
+
+def _remedy(masks: dict[Path, MaskStats], encoding: Encoding, ids: dict) -> str:
+    """What to do about the values that have no class; a setting that it names works as written."""
+    strays, ways = {raw for raw, id_ in ids.items() if id_ == UNKNOWN}, []
+    spoilt = [mask for mask in masks.values() if not strays.isdisjoint(mask.read_as(encoding.as_colours))]
+    if (mixture := _mixture(masks)) and all(mask.kind != "colour" for mask in spoilt):  # ids, it seems
+        return f"make all masks of one kind: {mixture}"
+    if encoding.kind in ("indices", "palette") and len(strays) == 1 and encoding.ignore_index not in ids:
+        ways.append(f"ignore_index {min(strays)}")
+    if encoding.num_classes <= 12 and len(strays) <= SHOWN and UNKNOWN not in strays:
+        ignored = {raw: None for raw, id_ in ids.items() if id_ in (UNKNOWN, encoding.ignore_index)}
+        table = {raw: id_ for raw, id_ in encoding.table if id_ != encoding.ignore_index} | ignored
+        ways.append(f"labels '{write_labels(table, encoding.as_colours)}'")
+    if not ways:
+        return "mend it, or map every value in labels, this one as a class or ignore"
+    settings = f"set {' or '.join(ways)}"
+    return f"{settings}, or mend the masks" if len(spoilt) > 1 else f"mend it, or {settings}"
+
+
 def _count_classes(
-    mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, problems: Problems
+    mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, remedy: str, problems: Problems
 ) -> list[int]:
     """Pixels of each class in one mask; what has no class, or nothing but ignored pixels, is a problem."""
     counts, strays, colours = [0] * encoding.num_classes, Counter(), encoding.as_colours
@@ -277,17 +307,19 @@ def _count_classes(
         finding = f"{stats.damage}, so that class ids may have changed unseen"
         problems.add("lossy masks", mask, finding, "export it again as an 8-bit PNG")
     elif strays:
-        common, share = [raw for raw, _ in strays.most_common(64)], strays.total() / sum(stats.counts)
-        if stats.damage or len(strays) > MANY_STRAYS:
-            near = dict.fromkeys(nearest(np.array(common), dict(encoding.table), colours)[0].tolist())
-            near = ", ".join(raw_name(raw, colours) for raw in [*near][:4])
+        (raws, sizes), total = np.array(strays.most_common()).T, sum(stats.counts)
+        known, distance = nearest(raws, dict(encoding.table), colours)
+        is_faint = (distance <= NEAR * (not encoding.is_dense)) | (sizes <= RARE * total)
+        share = strays.total() / total
+        if stats.damage or is_faint.sum() > MANY_STRAYS:
+            near = ", ".join(raw_name(raw, colours) for raw in [*dict.fromkeys(known.tolist())][:4])
             many = f"{len(strays)} or more" if len(stats.keys) == MOST_KEYS else len(strays)
             finding = f"{many} stray values, {share:.2%} of pixels, near {near}: JPEG or smoothing"
-            remedy = "export as PNG without smoothing, or set labels to snap"
+            snap = "" if encoding.is_dense else ", or set labels to snap ('snap:' before a map)"
+            remedy = f"export as PNG without smoothing{snap}"
             problems.add("lossy masks", mask, finding, remedy)
         else:
             finding = f"{listing(strays, colours)}, {share:.2%} of pixels"
-            remedy = f"mend it, or name it in labels ('{raw_name(common[0], colours)}=ignore')"
             problems.add("values outside the classes", mask, finding, remedy)
     elif not any(counts):
         remedy = "remove the pair, or check ignore_index"

@@ -166,6 +166,14 @@ def test_a_few_strays_do_not_change_what_the_masks_are():
     assert found.kind == "indices" and 9 not in dict(found.table)
 
 
+def test_a_map_to_start_from_keeps_every_class_that_has_its_own_value():
+    masks = [stats(np.r_[np.repeat(np.arange(1, 13), 9), 0])]  # 0 is the rarest
+    with pytest.raises(
+        ValueError, match=r"nothing stands for class 0.*'0=0,1=1,.*,10=10,11=ignore,12=ignore'"
+    ):
+        choose_encoding(masks, 11, 255, "11=ignore")
+
+
 def test_class_ids_are_never_snapped():
     """They lie 1 apart: a stray one is no damaged one."""
     found, _ = choose_encoding([stats([[0, 1, 2]])], 3, 255, "snap")

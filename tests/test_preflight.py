@@ -262,6 +262,13 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {"class_colors": COLOURS},
         ["p0.jpg", "stray values"],
     ),
+    "poor JPEG of the declared colours": (
+        lambda r: each_mask(
+            r, lambda p, i: Image.fromarray(np.array(COLOURS, np.uint8)[i]).save(f"{p}.jpg", quality=20)
+        ),
+        {"class_colors": COLOURS},
+        ["p0.jpg", "stray values", "snap"],
+    ),
     "smooth edges": (lambda r: each_mask(r, smooth), {"num_classes": 2}, ["p0.png", "stray values", "near"]),
     "snap of class ids": (
         lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", i * 60)),
@@ -375,6 +382,138 @@ def test_mask_values_without_a_class_come_with_what_to_do(root):
         check_data(root, num_classes=3)
     *_, remedy = str(caught.value).split(" | ")
     assert "set labels" in remedy and "as said" not in remedy
+
+
+@pytest.mark.parametrize("spread", [palette_png, lambda path, ids: save_mask(f"{path}.png", ids)])
+@pytest.mark.parametrize(
+    "values, settings, remedies",
+    [
+        ((0, 1, 5), {"num_classes": 2}, [{"ignore_index": 5}, {"labels": "0=0,1=1,5=ignore"}]),
+        ((0, 1, 2, 3, 7, 255), {"num_classes": 4}, [{"labels": "0=0,1=1,2=2,3=3,7=ignore,255=ignore"}]),
+        ((*range(20), 30), {"num_classes": 20}, [{"ignore_index": 30}]),
+    ],
+)
+def test_the_remedy_for_values_without_a_class_works_as_written(root, values, settings, remedies, spread):
+    wide = np.array(values)[np.indices(SIZE).sum(0) % len(values)]
+    colours = [(i, 255 - i, 0) for i in range(256)]
+    each_mask(root, lambda path, _: spread(path, wide, *[colours] * (spread is palette_png)))
+    with pytest.raises(DataError) as caught:
+        check_data(root, **settings)
+    written = [f"{name} {value!r}" for remedy in remedies for name, value in remedy.items()]
+    assert f"| set {' or '.join(written)}, or mend the masks" in str(caught.value)
+    for remedy in remedies:
+        assert check_data(root, **settings, **remedy).class_pixels["train"].all()
+
+
+def test_a_lone_stray_value_is_to_be_mended_first(root):
+    save_mask(root / "val/masks/p1.png", IDS + (IDS == 2) * 5)
+    with pytest.raises(
+        DataError, match=r"\| mend it, or set ignore_index 7 or labels '0=0,1=1,2=2,7=ignore'"
+    ):
+        check_data(root, num_classes=3)
+
+
+MANY_COLOURS = [(r, g, b) for r in (0, 255) for g in (0, 128, 255) for b in (0, 255)]
+OTHERS = ((230, 25, 75), (60, 180, 75), (255, 225, 25))
+
+
+@pytest.mark.parametrize("labels", ["auto", "snap"])
+@pytest.mark.parametrize(
+    "held, declared, ids",
+    [
+        (MANY_COLOURS[:4], ((0, 0, 0), *OTHERS), np.indices(SIZE).sum(0) % 4),
+        (
+            MANY_COLOURS[:4],
+            ((0, 0, 0), *OTHERS),
+            (np.indices(SIZE) % 20 < 4).all(0) * np.indices(SIZE)[1] % 4,
+        ),
+        (MANY_COLOURS, [(20 * i, 100, 10 * i) for i in range(12)], np.indices(SIZE).sum(0) % 12),
+    ],
+    ids=["four", "four on much background", "twelve"],
+)
+def test_class_colours_of_other_masks_are_told_once_with_a_map_that_works(root, held, declared, ids, labels):
+    each_mask(root, lambda path, _: colour_png(path, ids, held))
+    settings = {"num_classes": len(held), "class_colors": declared}
+    with pytest.raises(DataError, match="class_colors are not the colours that the masks hold") as caught:
+        check_data(root, labels=labels, **settings)
+    message = str(caught.value)
+    assert "1 problem found" in message and "smoothing" not in message
+    start = message.split("a map to start from: labels '")[1].split("'")[0]
+    assert check_data(root, **settings, labels=start).class_pixels["train"].all()
+
+
+@pytest.mark.parametrize("class_colors", [None, ((1, 2, 3), *OTHERS[:2])])
+@pytest.mark.parametrize("suffix, quality", [("jpg", 95), ("jpg", 75), ("png", 100)])
+def test_a_map_to_start_from_for_damaged_colours_joins_shades_and_snaps(root, suffix, quality, class_colors):
+    ids = np.indices((96, 128)).sum(0) // 40 % 3
+    noise = np.random.default_rng(0).integers(0, 12, (*ids.shape, 3))
+
+    def save(path, _):
+        colours = np.abs(np.array(COLOURS)[ids] - (suffix == "png") * noise).astype(np.uint8)
+        Image.fromarray(colours).save(f"{path}.{suffix}", quality=quality, subsampling=0)
+
+    each_mask(root, save)
+    for path in root.glob("*/images/*"):
+        picture(int(path.stem[1:]) + len(str(path.parent)), ids.shape).save(path)
+    with pytest.raises(DataError, match="map to start from: labels 'snap:") as caught:
+        check_data(root, num_classes=3, class_colors=class_colors)
+    start = str(caught.value).split("map to start from: labels '")[1].split("'")[0]
+    assert start.count("=") - start.count("=ignore") == 3
+    report = check_data(root, num_classes=3, class_colors=class_colors, labels=start)
+    shares = report.class_pixels["train"] / report.class_pixels["train"].sum()
+    own = np.bincount(ids.ravel())[[0, 2, 1]] / ids.size  # by colour: black, blue, red
+    assert np.abs(shares - own).max() < 0.02
+
+
+def test_no_snap_is_advised_between_class_ids(root):
+    ids = np.arange(IDS.size).reshape(SIZE) % 16
+    ids[0, :10] = range(20, 30)  # one pixel each
+    save_mask(root / "val/masks/p0.png", ids)
+    with pytest.raises(DataError, match="10 stray values") as caught:
+        check_data(root, num_classes=16)
+    assert "set labels to snap" not in str(caught.value)
+
+
+def test_classes_that_a_small_set_lacks_are_no_wrong_class_colours(root):
+    each_mask(root, lambda path, ids: colour_png(path, ids % 2))
+    report = check_data(root, num_classes=5, class_colors=COLOURS + OTHERS[:2])
+    assert report.class_pixels["train"].tolist()[2:] == [0, 0, 0]
+    colour_png(root / "val/masks/p0", IDS % 2 * (np.arange(SIZE[1]) > 0), ((9, 9, 9), COLOURS[1]))
+    with pytest.raises(DataError, match=r"outside the classes \(1\):\n  val/masks/p0.png"):
+        check_data(root, num_classes=5, class_colors=COLOURS + OTHERS[:2])
+
+
+@pytest.mark.parametrize("class_colors", [None, ((1, 2, 3), *OTHERS[:2])])
+def test_the_file_that_is_unlike_the_others_is_named(root, class_colors):
+    colour_png(root / "train/masks/p2", IDS)
+    with pytest.raises(DataError, match=r"masks in colour: 1, others: 4; look at train/masks/p2\.png"):
+        check_data(root, num_classes=3, class_colors=class_colors)
+    each_mask(root, colour_png)
+    for name in ("val/masks/p0", "val/masks/p1"):
+        palette_png(root / name, IDS)
+    with pytest.raises(DataError, match=r"masks in colour: 3, others: 2; look at val/masks/p0\.png"):
+        check_data(root, num_classes=3, class_colors=class_colors)
+    each_mask(root, colour_png)
+    with pytest.raises(DataError) as caught:
+        check_data(root, num_classes=3, class_colors=class_colors)
+    assert "in colour" not in str(caught.value)
+
+
+def test_ids_among_declared_colours_are_not_to_be_ignored(root):
+    colour_png(root / "train/masks/p2", IDS)
+    with pytest.raises(DataError) as caught:
+        check_data(root, num_classes=3, class_colors=COLOURS)
+    assert "masks in colour: 1, others: 4; look at train/masks/p2.png" in str(caught.value)
+    assert "#010101=ignore" not in str(caught.value)
+
+
+def test_many_clean_values_without_a_class_are_not_called_damaged(root):
+    ids = np.indices(SIZE).sum(0) % 12
+    each_mask(root, colour_png)
+    colour_png(root / "val/masks/p0", ids, MANY_COLOURS)
+    with pytest.raises(DataError, match=r"outside the classes \(1\):\n  val/masks/p0.png") as caught:
+        check_data(root, num_classes=3, class_colors=COLOURS)
+    assert "smoothing" not in str(caught.value)
 
 
 def grey_photo(root, mode, suffix=".png", **options):
