@@ -142,7 +142,8 @@ class Encoding:
             raise ValueError(f"class ids {missing} have no value in {self.describe()}. Use encoding index.")
         if self.as_colours:
             return Image.fromarray((raws[..., None] >> [16, 8, 0]).astype(np.uint8))
-        lowest, largest = self.table[0][0], self.table[-1][0]  # so that all files of a set are of one type
+        own = [raw for raw, id_ in self.table if id_ != self.ignore_index]
+        lowest, largest = own[0], own[-1]  # so that all files of a set are of one type
         if lowest < 0 or largest > 65535:
             raise ValueError(f"mask values {lowest}..{largest} fit no PNG (0..65535). Use encoding index.")
         picture = Image.fromarray(raws.astype(np.uint8 if largest <= 255 else np.uint16))
@@ -296,7 +297,7 @@ def _choose(
         kind, table = _find_values(masks, counts, num_classes, ignore_index, wanted.snap)
         shown = {0: 0, 255: 0xFFFFFF} if kind == "binary" else _one_palette(masks)
         if kind == "indices" and shown:
-            kind, palette = "palette", tuple(shown.get(i, 0) for i in range(max(*shown, *table) + 1))
+            kind, palette = "palette", tuple(shown.get(i, 0) for i in range(max(shown) + 1))
         name = "value" if kind == "binary" else "palette index"
         own = {colour: id_ for id_, colour in enumerate(declared)}
         for raw, colour in shown.items():

@@ -37,9 +37,9 @@ from .pairing import Pair, Problems, pair_split
 from .reading import DataError, load_image, load_mask
 
 SPLITS = ("train", "val")
-VERSION = 2  # of what is remembered of a file; raise it when reading or counting changes
+VERSION = 3  # of what is remembered of a file; raise it when reading or counting changes
 MANY_STRAYS = 8  # a mask with more near or rare values outside the classes is taken for a lossy one
-MOST_KEYS = 512  # raw values remembered of one mask; one with more is lossy, and the commonest tell enough
+MOST_KEYS = 512  # colours remembered of one mask; one with more is lossy, and the commonest tell enough
 
 
 @dataclass
@@ -184,7 +184,7 @@ def _name(file: Path) -> str:
 
 def _stamp(file: Path) -> list[int]:
     status = file.stat() if file.exists() else file.lstat()  # a link that leads nowhere
-    return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]  # the last shows a new name, where it can
 
 
 def _recall(memory: Path | None) -> dict[str, dict]:
@@ -239,7 +239,7 @@ def _count_mask(file: Path, data: bytes, snap_to: list[int]) -> tuple[tuple[int,
         keys[rare] = nearest(keys[rare], snap_to, colours=True)[0]
         keys, inverse = np.unique(keys, return_inverse=True)
         counts = np.bincount(inverse, counts).astype(np.int64)
-    if len(keys) > MOST_KEYS:
+    if kind == "colour" and len(keys) > MOST_KEYS:
         common = np.sort(np.argsort(-counts, kind="stable")[:MOST_KEYS])
         keys, counts = keys[common], counts[common]
     keys = keys.tolist()

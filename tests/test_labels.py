@@ -24,6 +24,17 @@ def encoding(kind="values", table=((0, 0), (1, 1), (255, 255)), num_classes=2, i
     return Encoding(kind, num_classes, ignore_index, table, **more)
 
 
+def test_what_is_ignored_decides_no_file_type_and_no_palette():
+    ids = np.array([[0, 1]])
+    for ignored in (-1, 1000, 2**31 - 1):
+        own = encoding(table=tuple(sorted(((0, 0), (1, 1), (ignored, ignored)))), ignore_index=ignored)
+        assert own.decode(ids).mode == "L" and (np.asarray(own.decode(ids)) == ids).all()
+    masks = [MaskStats("palette", [0, 1], [50, 50], [0, 0xFF0000])]
+    found, _ = choose_encoding(masks, 2, ignore_index=2**31 - 1)
+    assert found.kind == "palette" and len(found.palette) == 2
+    assert found.decode(ids).getpalette()[3:6] == [255, 0, 0]
+
+
 @pytest.mark.parametrize(
     "text, snap, colours, table",
     [

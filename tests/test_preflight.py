@@ -883,3 +883,38 @@ def test_a_name_that_is_no_utf8_is_refused(root):
         os.rename(folder + b"/p0.png", folder + b"/\xfcbung.png")
     with pytest.raises(DataError, match=r"train/images/.bung\.png.*rename"):
         check_data(root, num_classes=3)
+
+
+def test_more_classes_than_a_damaged_mask_has_colours_are_counted_and_strays_among_them_found(tmp_path):
+    ids = np.tile(np.arange(600, dtype=np.uint16), (8, 1))
+    ids[:, :520] = np.arange(520)
+    for split in ("train", "val"):
+        for kind, array in (("images", np.zeros((8, 600, 3), np.uint8)), ("masks", ids)):
+            (tmp_path / split / kind).mkdir(parents=True)
+            Image.fromarray(array).save(tmp_path / split / kind / "a.png")
+    found = check_data(tmp_path, num_classes=600, ignore_index=65535)
+    assert (found.class_pixels["train"] == 8).all()
+    ids[0, 599] = 700
+    Image.fromarray(ids).save(tmp_path / "train" / "masks" / "a.png")
+    with pytest.raises(DataError, match="700"):
+        check_data(tmp_path, num_classes=600, ignore_index=65535)
+
+
+def test_files_that_swap_their_names_are_looked_at_again(tmp_path):
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / split / kind).mkdir(parents=True)
+        for name, value in (("0", 0), ("1", 1)):
+            Image.fromarray(np.full((40, 40, 3), 50 + value, np.uint8)).save(
+                tmp_path / split / f"images/{name}.png"
+            )
+            np.save(tmp_path / split / "masks" / f"{name}.npy", np.full((40, 40), value, np.uint8))
+    masks = tmp_path / "train" / "masks"
+    for path in masks.iterdir():  # as an archive leaves them
+        os.utime(path, (1e9, 1e9))
+    before = check_data(tmp_path, num_classes=2, cache_dir=tmp_path / "cache")
+    for one, other in (("0", "x"), ("1", "0"), ("x", "1")):
+        (masks / f"{one}.npy").rename(masks / f"{other}.npy")
+    after = check_data(tmp_path, num_classes=2, cache_dir=tmp_path / "cache")
+    assert before.fingerprint["training files"] != after.fingerprint["training files"]
+    assert before.train[0].stamp != after.train[0].stamp
