@@ -183,10 +183,11 @@ def build(
     moves = Augmentation(**config.pick("hflip", "vflip", "scale", "rotate", "color_jitter"))
     run.train_set = SegmentationDataset(report.train, augmentation=moves, **shared)
     run.val_set = SegmentationDataset(report.val, evaluation=True, **shared)
+    said = []
     for data in (run.train_set, run.val_set):
-        said = data.use_cache(config.cache, config.cache_folder)
+        said.append(data.use_cache(config.cache, config.cache_folder))
         data.fill_cache(progress_bar, processes.rank, processes.world_size)
-    print(said)
+    print("; validation ".join([said[0], said[1].removeprefix("cache: ")]))
     workers = config.num_workers
     if workers is None:  # only for what must be decoded each time while a GPU computes
         decoded = run.train_set.cache is not None
