@@ -173,7 +173,10 @@ def main(args: Args) -> int:
         work = prepare(args, weights)
     started = time.perf_counter()
     done, total = predict_all(work)
-    report(work, [one for one in done if one.shares], total, time.perf_counter() - started)
+    try:
+        report(work, [one for one in done if one.shares], total, time.perf_counter() - started)
+    except OSError as error:
+        raise Fail(f"the tables cannot be written: {error}. The masks are whole", 1) from error
     problems = [one.problem for one in done if one.problem]
     if problems:
         rest = "" if len(problems) == len(done) else ", the others are written"

@@ -98,7 +98,7 @@ def pair_truth(
         DataError: lists all pictures without a mask or with two, all masks unreadable, not of `encoding`, or
             of another size than their picture.
     """
-    folder = Path(truth_folder).expanduser()
+    folder = Path(os.path.expanduser(truth_folder))
     problems = Problems(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder. Give truth the folder of masks.")

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -108,7 +109,7 @@ def check_data(
         ValueError: a setting is not understood.
     """
     wanted = parse_labels(labels)
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     if not root.is_dir():
         raise DataError(f"data_root {root} is not a folder. Give the folder that holds train/ and val/.")
     problems, warnings = Problems(root), []

@@ -70,7 +70,7 @@ def find_images(path: str | Path, recursive: bool = False) -> list[Path]:
         FileNotFoundError: nothing is there.
         DataError: something is there, but no picture among it.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))  # Path's own raises for a user that is not there
     known = next((each for each in (path, *path.parents) if each.exists()), path)
     unknown = str(path.relative_to(known))  # only in what does not exist are brackets a pattern
     if not path.exists() and not glob.has_magic(unknown):

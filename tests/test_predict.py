@@ -571,6 +571,19 @@ def test_an_output_dir_that_is_no_text_is_refused_where_weights_are_looked_for(t
         predict.main(Args(output=str(tmp_path / "out")))
 
 
+def test_a_table_that_cannot_be_written_is_said_in_one_line_and_the_masks_are_whole(args, tmp_path):
+    given = args()
+    (tmp_path / "out" / "summary.csv").mkdir(parents=True)
+    with pytest.raises(Fail, match="tables cannot be written: .*summary.csv.* The masks are whole") as caught:
+        predict.main(given)
+    assert caught.value.code == 1 and len(list((tmp_path / "out" / "masks").iterdir())) == 3
+
+
+def test_a_home_folder_of_nobody_is_told_as_a_path_that_is_not_there(args):
+    with pytest.raises(Fail, match="~nobody_of_that_name"):
+        predict.main(args(input="~nobody_of_that_name/pictures"))
+
+
 def test_a_tilde_is_the_home_folder_in_every_path():
     names = ("weights", "input", "truth", "output", "export")
     given = Args(**{name: f"~/{name}" for name in names})
