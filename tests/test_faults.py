@@ -21,6 +21,7 @@ from utils.run import find_run
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
+fcntl = pytest.importorskip("fcntl", reason="the locks of POSIX")
 resource = pytest.importorskip("resource", reason="the limits and signals of POSIX")
 
 
@@ -429,6 +430,26 @@ def test_a_run_that_another_process_trains_is_not_resumed(settings, tmp_path):
         process.kill()  # which leaves its lock's file, but no lock
     process.join()
     assert (folder / ".lock").exists() and find_run("auto", folder.parent) == folder
+
+
+def look_for_a_lock(path):
+    with open(path) as file:
+        fcntl.lockf(file, fcntl.LOCK_SH)
+        print("looking", flush=True)
+        time.sleep(60)
+
+
+def test_two_that_ask_at_once_whether_a_run_is_at_work_do_not_take_each_other_for_it(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("last.pt", ".lock"):  # as a killed run leaves them
+        (tmp_path / "run" / name).touch()
+    process = doors.fork(look_for_a_lock, (tmp_path / "run" / ".lock",), tmp_path / "log")
+    try:
+        while not (tmp_path / "log.out").exists() or not (tmp_path / "log.out").read_text():
+            time.sleep(0.01)
+        assert find_run("auto", tmp_path) == tmp_path / "run"
+    finally:
+        process.kill()
 
 
 def test_a_run_name_that_is_taken_is_refused_with_what_can_be_done(settings, tmp_path):

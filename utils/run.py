@@ -82,7 +82,10 @@ def taken(folder: Path) -> ValueError:
 
 
 def find_run(resume: str, output_dir: Path) -> Path:
-    """The folder to resume: the one named, or for `auto` the newest with a checkpoint and no report yet."""
+    """The folder to resume: the one named, or for `auto` the newest with a checkpoint and no report yet.
+
+    One in which another process trains is refused, or passed over.
+    """
     if resume == "auto":
         unfinished = [p for p in output_dir.glob("*/last.pt") if not (p.parent / END_MARK).exists()]
         unfinished = [p for p in unfinished if not is_running(p.parent)]
@@ -120,11 +123,11 @@ def hold(folder: Path) -> ExitStack:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether another process holds the folder."""
+    """Whether another process holds the folder; any number may ask at once, as the processes of a run do."""
     if fcntl and (folder / LOCK).exists():
         try:
-            with open(folder / LOCK, "r+") as file:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with open(folder / LOCK) as file:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         except OSError:
@@ -321,7 +324,7 @@ def explain(error: Exception, device: torch.device, folder: Path | None, memory_
     go_on = f"go on with --resume {quoted(folder)}" if saved else "start again: nothing was saved yet"
     first_line = str(error).split("\n")[0]
     if is_out_of_memory(error):
-        weights = f" (from these weights: --init_from {folder / 'last.pt'})" if saved else ""
+        weights = f" (from these weights: --init_from {quoted(folder / 'last.pt')})" if saved else ""
         peak = f"out of memory on {device}, with a peak of {peak_memory(device) / 2**30:.1f} GiB"
         return f"{peak}. Free some, then {go_on}; or start anew{weights} with {memory_savers}"
     if is_lost(error):
