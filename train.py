@@ -143,8 +143,8 @@ def build_network(config: Config, fresh: bool) -> nn.Module:
     if fresh and config.init_from:
         checkpoint = read_checkpoint(config.init_from)
         skipped = files.load_fitting(model, checkpoint.get("ema") or checkpoint["model"])
-        own, left = [*model.state_dict()], {line.split(":")[0] for line in skipped}
-        missing = [name for name in own if name in left]
+        own = [*model.state_dict()]
+        missing = [name for name in own if name in skipped]
         remedy = f"Give a checkpoint of {config.model}"
         if len(missing) == len(own):
             raise ValueError(
@@ -155,7 +155,8 @@ def build_network(config: Config, fresh: bool) -> nn.Module:
             found = f"freeze_backbone: {frozen[0]} is not in it, or of another shape"
             raise ValueError(f"init_from {config.init_from}, {found}. {remedy} with this backbone")
         loaded = f"{len(own) - len(missing)} of {len(own)} loaded, {len(skipped)} skipped"
-        print("\n  ".join([f"weights from {config.init_from}: {loaded}", *skipped]))
+        lines = [f"{name}: {why}" for name, why in skipped.items()]
+        print("\n  ".join([f"weights from {config.init_from}: {loaded}", *lines]))
     return model
 
 

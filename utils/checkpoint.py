@@ -96,18 +96,18 @@ def first_non_finite(weights: dict[str, Tensor]) -> str | None:
     return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
 
 
-def load_fitting(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
-    """Load the weights whose name and shape fit into `model` and list the others, one line each."""
-    own, fitting, skipped = model.state_dict(), {}, []
+def load_fitting(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, str]:
+    """Load the weights whose name and shape fit into `model`; the other names of both, and why not."""
+    own, fitting, skipped = model.state_dict(), {}, {}
     for name, value in weights.items():
         if name not in own:
-            skipped.append(f"{name}: not in this model")
+            skipped[name] = "not in this model"
         elif own[name].shape != value.shape:
-            skipped.append(f"{name}: {tuple(value.shape)} there, {tuple(own[name].shape)} here")
+            skipped[name] = f"{tuple(value.shape)} there, {tuple(own[name].shape)} here"
         else:
             fitting[name] = value
     model.load_state_dict({**own, **fitting})
-    return skipped + [f"{name}: not in the checkpoint" for name in own if name not in weights]
+    return skipped | {name: "not in the checkpoint" for name in own if name not in weights}
 
 
 def _check_plain(value: Any, where: str) -> None:
