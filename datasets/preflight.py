@@ -40,7 +40,7 @@ from .reading import DataError, load_image, load_mask
 SPLITS = ("train", "val")
 VERSION = 3  # of what is remembered of a file; raise it when reading or counting changes
 MANY_STRAYS = 8  # a mask with more near or rare values outside the classes is taken for a lossy one
-MOST_KEYS = 512  # colours remembered of one mask; one with more is lossy, and the commonest tell enough
+MOST_KEYS = 512  # values remembered of one mask, or twice the classes; of more the commonest tell enough
 
 
 @dataclass
@@ -116,10 +116,11 @@ def check_data(
     pairs = {split: pair_split(root / split, mask_suffix, problems, warnings) for split in SPLITS}
     declared = [raw for raw, _ in wanted.table if wanted.colours] + pack_all(class_colors)
     snap_to = sorted(set(declared)) if wanted.snap else []
-    setup = hashlib.sha256(json.dumps([VERSION, str(root.resolve()), in_channels, snap_to]).encode())
+    how = (in_channels, snap_to, max(MOST_KEYS, 2 * num_classes))  # files are looked at
+    setup = hashlib.sha256(json.dumps([VERSION, str(root.resolve()), *how]).encode())
     memory = Path(cache_dir, f"check-{setup.hexdigest()[:16]}.json") if cache_dir else None
     files = [file for split in SPLITS for pair in pairs[split] for file in pair]
-    found = _look_at(files, memory, in_channels, snap_to, progress)
+    found = _look_at(files, memory, how, progress)
     matched = {split: [_match(*pair, found, problems) for pair in pairs[split]] for split in SPLITS}
     good = {split: [pair for pair in matched[split] if pair] for split in SPLITS}
     masks = {pair.mask: MaskStats(**found[pair.mask]["stats"]) for split in SPLITS for pair in good[split]}
@@ -158,7 +159,7 @@ def check_data(
 
 
 def _look_at(
-    files: list[Path], memory: Path | None, in_channels: int, snap_to: list[int], progress: Callable | None
+    files: list[Path], memory: Path | None, how: tuple[int, list[int], int], progress: Callable | None
 ) -> dict[Path, dict]:
     """What there is to know of each file, from memory where size and time are as they were."""
     stamps = {file: _stamp(file) for file in files}
@@ -167,7 +168,7 @@ def _look_at(
     todo = [file for file in files if found[file].get("stamp") != stamps[file]]
 
     def look(file: Path) -> tuple[Path, dict]:
-        return file, {"stamp": stamps[file], **_scan(file, in_channels, snap_to)}
+        return file, {"stamp": stamps[file], **_scan(file, *how)}
 
     if todo:
         with ThreadPool() as pool:
@@ -205,13 +206,13 @@ def _remember(memory: Path, found: dict[Path, dict]) -> None:
         memory.write_text(json.dumps(entries, separators=(",", ":")), encoding="utf-8")
 
 
-def _scan(file: Path, in_channels: int, snap_to: list[int]) -> dict:
+def _scan(file: Path, in_channels: int, snap_to: list[int], most: int) -> dict:
     """What is worth knowing of a file, in plain values, or what is wrong with it."""
     try:
         data = file.read_bytes()
         seen = {"crc": zlib.crc32(data)}
         if file.parent.name == "masks":
-            size, seen["stats"] = _count_mask(file, data, snap_to)
+            size, seen["stats"] = _count_mask(file, data, snap_to, most)
         else:
             _, size, seen["orientation"] = load_image(file, in_channels, lambda _: (1, 1), data)
         return {"size": list(size), **seen}
@@ -221,7 +222,7 @@ def _scan(file: Path, in_channels: int, snap_to: list[int]) -> dict:
         return {"error": f"cannot be read ({error.strerror})"}
 
 
-def _count_mask(file: Path, data: bytes, snap_to: list[int]) -> tuple[tuple[int, int], dict]:
+def _count_mask(file: Path, data: bytes, snap_to: list[int], most: int) -> tuple[tuple[int, int], dict]:
     """Height and width of a mask, and its `MaskStats` as a dict."""
     raw, palette, damage = load_mask(file, data=data)
     kind = "grey" if palette is None else "palette"
@@ -240,8 +241,8 @@ def _count_mask(file: Path, data: bytes, snap_to: list[int]) -> tuple[tuple[int,
         keys[rare] = nearest(keys[rare], snap_to, colours=True)[0]
         keys, inverse = np.unique(keys, return_inverse=True)
         counts = np.bincount(inverse, counts).astype(np.int64)
-    if kind == "colour" and len(keys) > MOST_KEYS:
-        common = np.sort(np.argsort(-counts, kind="stable")[:MOST_KEYS])
+    if len(keys) > most:
+        common = np.sort(np.argsort(-counts, kind="stable")[:most])
         keys, counts = keys[common], counts[common]
     keys = keys.tolist()
     colours = palette and [palette[key] if key < len(palette) else 0 for key in keys]
@@ -314,7 +315,7 @@ def _count_classes(
         share = strays.total() / total
         if stats.damage or is_faint.sum() > MANY_STRAYS:
             near = ", ".join(raw_name(raw, colours) for raw in [*dict.fromkeys(known.tolist())][:4])
-            many = f"{len(strays)} or more" if len(stats.keys) == MOST_KEYS else len(strays)
+            many = f"{len(strays)} or more" if len(stats.keys) >= MOST_KEYS else len(strays)
             finding = f"{many} stray values, {share:.2%} of pixels, near {near}: JPEG or smoothing"
             snap = "" if encoding.is_dense else ", or set labels to snap ('snap:' before a map)"
             remedy = f"export as PNG without smoothing{snap}"

@@ -918,3 +918,16 @@ def test_files_that_swap_their_names_are_looked_at_again(tmp_path):
     after = check_data(tmp_path, num_classes=2, cache_dir=tmp_path / "cache")
     assert before.fingerprint["training files"] != after.fingerprint["training files"]
     assert before.train[0].stamp != after.train[0].stamp
+
+
+def test_of_a_mask_that_holds_thousands_of_values_few_are_remembered(tmp_path):
+    depth = np.arange(256 * 256, dtype=np.uint16).reshape(256, 256)  # taken for a mask
+    for split in ("train", "val"):
+        for kind, array in (("images", np.zeros((256, 256, 3), np.uint8)), ("masks", depth)):
+            (tmp_path / "data" / split / kind).mkdir(parents=True)
+            Image.fromarray(array).save(tmp_path / "data" / split / kind / "a.png")
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(DataError, match="stray|wants ids"):
+        check_data(tmp_path / "data", num_classes=2, cache_dir=tmp_path / "cache")
+    (memory,) = (tmp_path / "cache").iterdir()
+    assert memory.stat().st_size < 20_000
