@@ -135,7 +135,7 @@ def check_data(
         problems.raise_any()
     raws = np.array(list({raw for mask in masks.values() for raw in mask.read_as(encoding.as_colours)}))
     ids = dict(zip(raws.tolist(), encoding.lookup(raws).tolist(), strict=True))
-    remedy = _remedy(masks, encoding, ids)
+    remedy = _remedy(masks, encoding, ids) if UNKNOWN in ids.values() else ""
     each = {mask: _count_classes(mask, masks[mask], encoding, ids, remedy, problems) for mask in masks}
     counts = {split: np.array([each[pair.mask] for pair in good[split]]) for split in SPLITS}
     problems.raise_any()
