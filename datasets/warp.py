@@ -57,7 +57,7 @@ def _turn(
     known[mask == ignore_index] = 0  # as grid_sample has it outside
     ids = torch.from_numpy(known)[None, None]
     ids = F.grid_sample(ids, grid, mode="nearest", padding_mode="zeros", align_corners=False)[0, 0].numpy()
-    out_mask[:] = ids - 1
+    out_mask[:] = (ids - 1).clip(0)  # a byte has no -1, which may cost a warning
     out_mask[ids == 0] = ignore_index
 
 
