@@ -281,6 +281,10 @@ class Config:
             raise ValueError(
                 f"scale must be a low and a high zoom between 0.1 and 10; got {low} {high}. 1 1 turns it off"
             )
+        if self.run_name and Path(self.run_name).name != self.run_name:
+            raise ValueError(
+                f"run_name must be a plain folder name; got {self.run_name!r}. Give the folder in output_dir"
+            )
 
     def _check_lengths(self) -> None:
         names, colors, weights = self.class_names, self.class_colors, self.class_weights
@@ -352,10 +356,6 @@ class Config:
         if self.freeze_backbone and self.pretrained == "none" and not self.init_from:
             raise ValueError(
                 "freeze_backbone needs weights worth keeping; got none. Give pretrained or init_from"
-            )
-        if self.run_name and Path(self.run_name).name != self.run_name:
-            raise ValueError(
-                f"run_name must be a plain folder name; got {self.run_name!r}. Give the folder in output_dir"
             )
         if self.resume and self.init_from:
             raise ValueError("resume goes on with a run, init_from starts a new one; got both. Leave one out")

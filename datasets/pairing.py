@@ -76,7 +76,7 @@ def pair_split(
     if len(stems) < 2:
         return []
     images, masks = stems
-    wanted = {_name(stem + mask_suffix): path for stem, path in images.items()}
+    wanted = {_spelling(stem + mask_suffix): path for stem, path in images.items()}
     suffix = _likely_suffix(images, masks, wanted)
     remedy = "add the missing file, or remove this one"
     if suffix is not None:
@@ -104,7 +104,7 @@ def pair_truth(
         raise FileNotFoundError(f"{folder}: there is no such folder. Give truth the folder of masks.")
     masks = _by_stem(list_pictures(folder), problems, "two masks of one picture")
     _by_stem(images, problems, "two pictures of one mask")
-    wanted = [_name(image.stem + mask_suffix) for image in images]
+    wanted = [_spelling(image.stem + mask_suffix) for image in images]
     for stem, image in zip(wanted, images, strict=True):
         if stem not in masks:
             problems.add("no mask", image, f"no {stem}.* in {folder}", "add it, or leave truth out")
@@ -138,14 +138,14 @@ def _by_stem(files: list[Path], problems: Problems, kind: str) -> dict[str, Path
     """Files by stem; a second file of a stem is a problem, not a choice."""
     stems: dict[str, Path] = {}
     for path in files:
-        stem = _name(path.stem)
+        stem = _spelling(path.stem)
         if stem in stems:
             problems.add(kind, path, f"{stems[stem].name} has the same stem", "keep one of them")
         stems.setdefault(stem, path)
     return stems
 
 
-def _name(text: str) -> str:
+def _spelling(text: str) -> str:
     """One spelling of what looks alike: macOS may write an accent apart from its letter (NFD)."""
     return unicodedata.normalize("NFC", text)
 

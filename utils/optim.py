@@ -6,6 +6,7 @@ and what a schedule will do can be drawn before it does it.
 """
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -168,10 +169,9 @@ class Schedule:
 
     def plan(self) -> list[float]:
         """Return the first group's rate at each step of the run, without a cut of `plateau`."""
-        cuts, self.cuts = self.cuts, 0
-        rates = [self.rate(step) for step in range(self.total_steps)]
-        self.cuts = cuts
-        return rates
+        uncut = copy(self)
+        uncut.cuts = 0
+        return [uncut.rate(step) for step in range(self.total_steps)]
 
     def state_dict(self) -> dict:
         """Return what a resumed run needs, in plain values; warm-up stays as it was if the run grows."""
