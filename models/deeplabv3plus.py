@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .backbones import ResNet
 from .layers import (
     ConvBNReLU,
-    MergingConv2d,
+    MergingConvBNReLU,
     PooledConvBNReLU,
     SeparableConvBNReLU,
     check_choice,
     check_images,
     check_numbers,
+    concatenated,
     init_scores,
     init_weights,
     resize,
@@ -43,31 +46,16 @@ class ASPP(nn.Module):
         return self.dropout(self.project(torch.cat(branches, dim=1)))  # 1280 → 256
 
 
-class Merge(nn.Sequential):
-    """The decoder's first step: both maps into one, 3x3 convolution, batch norm, ReLU."""
-
-    def __init__(self, coarse_channels: int, fine_channels: int, out_channels: int) -> None:
-        super().__init__(
-            MergingConv2d(coarse_channels, fine_channels, out_channels),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
-
-    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
-        """Merge (N, K, h, w) and (N, L, H, W) to (N, out_channels, H, W)."""
-        conv, norm, relu = self
-        return relu(norm(conv(coarse, fine)))
-
-
 class SeparableMerge(SeparableConvBNReLU):
-    """The same by a separable convolution, whose two halves are cheap as they are."""
+    """`MergingConvBNReLU` by a separable convolution, whose two halves are cheap as they are."""
 
-    def __init__(self, coarse_channels: int, fine_channels: int, out_channels: int) -> None:
-        super().__init__(coarse_channels + fine_channels, out_channels)
+    def __init__(self, in_channels: Sequence[int], out_channels: int, *, fine: int) -> None:
+        super().__init__(sum(in_channels), out_channels)
+        self.fine = fine
 
-    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
-        """Merge (N, K, h, w) and (N, L, H, W) to (N, out_channels, H, W)."""
-        return super().forward(torch.cat([resize(coarse, like=fine), fine], dim=1))
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Merge a list of maps (N, in_channels[i], h_i, w_i) to (N, out_channels, H, W)."""
+        return super().forward(concatenated(maps, self.fine))
 
 
 class DeepLabV3Plus(nn.Module):
@@ -115,13 +103,15 @@ class DeepLabV3Plus(nn.Module):
         check_numbers(num_classes, in_channels, dropout)
         check_choice("output_stride", output_stride, RATES)
         self.in_channels = in_channels
-        merge, conv = (SeparableMerge, SeparableConvBNReLU) if separable else (Merge, ConvBNReLU)
+        merge, conv = MergingConvBNReLU, ConvBNReLU
+        if separable:
+            merge, conv = SeparableMerge, SeparableConvBNReLU
         self.backbone = ResNet(backbone, in_channels, output_stride)
         fine_channels, *_, deep_channels = self.backbone.out_channels
         self.aspp = ASPP(deep_channels, RATES[output_stride], separable, dropout)
         self.fine = ConvBNReLU(fine_channels, FINE_CHANNELS, kernel=1)
         self.decoder = nn.Sequential(
-            merge(ASPP_CHANNELS, FINE_CHANNELS, ASPP_CHANNELS), conv(ASPP_CHANNELS, ASPP_CHANNELS)
+            merge((ASPP_CHANNELS, FINE_CHANNELS), ASPP_CHANNELS, fine=1), conv(ASPP_CHANNELS, ASPP_CHANNELS)
         )
         self.head = nn.Conv2d(ASPP_CHANNELS, num_classes, kernel_size=1)
         for part in (self.aspp, self.fine, self.decoder):
@@ -133,6 +123,5 @@ class DeepLabV3Plus(nn.Module):
         check_images(images, self.in_channels)
         fine, _, _, deep = self.backbone(images)  # 1/4 and 1/output_stride
         fine = self.fine(fine)  # (N, 48, H/4, W/4)
-        merge, refine = self.decoder
-        x = refine(merge(self.aspp(deep), fine))  # (N, 256, H/4, W/4)
+        x = self.decoder([self.aspp(deep), fine])  # (N, 256, H/4, W/4)
         return resize(self.head(x), like=images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -107,31 +107,47 @@ class SeparableConvBNReLU(nn.Sequential):
 
 
 class MergingConv2d(nn.Conv2d):
-    """A 3x3 convolution of two maps at once: a coarse one, resized to the fine one's size, and the fine one.
+    """A 3x3 convolution of several maps at once: a fine one, and coarse ones resized to its height and width.
 
-    Resizing and convolving are linear and may change places: the nine taps are applied to the coarse map, as
+    Resizing and convolving are linear and may change places: the nine taps are applied to a coarse map, as
     1x1 convolutions, and two small matrix products resize, shift and sum what they give. The result is that
-    of the plain way, but for rounding, at a tenth of its multiplications for the coarse channels.
+    of the plain way, but for rounding, at a tenth or less of its multiplications for the coarse channels.
+
+    Args:
+        in_channels: of each map, in the order of the weights.
+        out_channels: of the result.
+        fine: which of the maps is the fine one, from 0.
+
+    Shape:
+        maps (N, in_channels[i], h_i, w_i) → (N, out_channels, H, W), height and width of the fine one.
     """
 
-    def __init__(self, coarse_channels: int, fine_channels: int, out_channels: int) -> None:
-        super().__init__(coarse_channels + fine_channels, out_channels, 3, padding=1, bias=False)
-        self.coarse_channels = coarse_channels
+    def __init__(self, in_channels: Sequence[int], out_channels: int, *, fine: int) -> None:
+        super().__init__(sum(in_channels), out_channels, 3, padding=1, bias=False)
+        self.parts, self.fine = list(in_channels), fine
 
-    def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
-        """Merge (N, K, h, w) and (N, L, H, W) to (N, out_channels, H, W)."""
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Merge a list of maps."""
         if torch.compiler.is_exporting():  # the products are written out for one size
-            return super().forward(torch.cat([resize(coarse, like=fine), fine], dim=1))
-        number, _, height, width = coarse.shape
-        rows, columns = fine.shape[-2:]
-        weight, fine_weight = self.weight.tensor_split([self.coarse_channels], dim=1)
-        taps = weight.permute(3, 2, 0, 1).flatten(0, 2)[..., None, None]  # (3 across x 3 down x out, K, 1, 1)
-        x = F.conv2d(coarse, taps).permute(0, 2, 3, 1)  # (N, h, w, 3 across x 3 down x out)
-        x = _tap_weights(width, columns, x) @ x.reshape(number * height, 3 * width, -1)
-        x = x.view(number, height, columns, 3, -1).transpose(2, 3)  # (N, h, 3 down, W, out)
-        x = _tap_weights(height, rows, x) @ x.reshape(number, 3 * height, -1)
-        x = x.view(number, rows, columns, -1).permute(0, 3, 1, 2)
-        return x + F.conv2d(fine, fine_weight, self.bias, padding=1)
+            return super().forward(concatenated(maps, self.fine))
+        weights, fine = self.weight.split(self.parts, dim=1), maps[self.fine]
+        merged = F.conv2d(fine, weights[self.fine], self.bias, padding=1)
+        for index, (x, weight) in enumerate(zip(maps, weights, strict=True)):
+            if index != self.fine:
+                merged = merged + _spread(x, weight, fine.shape[-2:])
+        return merged
+
+
+def _spread(x: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
+    """Resize (N, K, h, w) to `size` (H, W) and convolve it by (out, K, 3, 3): (N, out, H, W)."""
+    number, _, height, width = x.shape
+    rows, columns = size
+    taps = weight.permute(3, 2, 0, 1).flatten(0, 2)[..., None, None]  # (3 across x 3 down x out, K, 1, 1)
+    x = F.conv2d(x, taps).permute(0, 2, 3, 1)  # (N, h, w, 3 across x 3 down x out)
+    x = _tap_weights(width, columns, x) @ x.reshape(number * height, 3 * width, -1)
+    x = x.view(number, height, columns, 3, -1).transpose(2, 3)  # (N, h, 3 down, W, out)
+    x = _tap_weights(height, rows, x) @ x.reshape(number, 3 * height, -1)
+    return x.view(number, rows, columns, -1).permute(0, 3, 1, 2)
 
 
 def _tap_weights(coarse: int, fine: int, like: Tensor) -> Tensor:
@@ -143,6 +159,22 @@ def _tap_weights(coarse: int, fine: int, like: Tensor) -> Tensor:
     each = torch.eye(coarse, device=like.device)
     resized = F.interpolate(each[None], size=fine, mode="linear", align_corners=False)[0].T
     return F.pad(resized, (0, 0, 1, 1)).unfold(0, 3, 1).flatten(1).to(like.dtype)
+
+
+class MergingConvBNReLU(nn.Sequential):
+    """`MergingConv2d`, batch norm, ReLU; takes a list of maps."""
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int, *, fine: int) -> None:
+        super().__init__(
+            MergingConv2d(in_channels, out_channels, fine=fine),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+def concatenated(maps: Sequence[Tensor], fine: int) -> Tensor:
+    """Maps one behind the other, each resized to the height and width of the one at `fine`."""
+    return torch.cat([x if x is maps[fine] else resize(x, like=maps[fine]) for x in maps], dim=1)
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:

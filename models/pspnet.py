@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .backbones import ResNet
 from .layers import (
     ConvBNReLU,
+    MergingConvBNReLU,
     PooledConvBNReLU,
     check_choice,
     check_images,
@@ -22,7 +22,7 @@ BINS = (1, 2, 3, 6)  # the picture as one part, 2x2, 3x3 and 6x6 parts
 
 
 class PyramidPooling(nn.Module):
-    """Average a map over 1, 4, 9 and 36 parts, and set a quarter of the channels of each beside it."""
+    """Average a map over 1, 4, 9 and 36 parts, and bring each average to a quarter of the channels."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -30,9 +30,9 @@ class PyramidPooling(nn.Module):
             PooledConvBNReLU(in_channels, in_channels // len(BINS), bins) for bins in BINS
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, C, h, w) to (N, 2C, h, w)."""
-        return torch.cat([x, *(resize(stage(x), like=x) for stage in self.stages)], dim=1)
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map (N, C, h, w) to itself and four maps (N, C/4, bins, bins)."""
+        return [x, *(stage(x) for stage in self.stages)]
 
 
 class PSPNet(nn.Module):
@@ -41,9 +41,9 @@ class PSPNet(nn.Module):
     Paper: Pyramid Scene Parsing Network (Zhao et al., 2017), https://arxiv.org/abs/1612.01105. A dilated
     ResNet gives one fine, deep map; averages of it over ever smaller parts say what scene this is; a 3x3
     convolution decides from both. An auxiliary head on layer3 (loss weight 0.4) helps the deep encoder train.
-    Route: image 1/1 → layer1 1/4, layer2 1/8, layer3 and layer4 1/output_stride → pyramid (twice the
-    channels) → 3x3 (512) → logits 1/output_stride → 1/1; aux: layer3 → 3x3 (a quarter of its channels) →
-    logits → 1/1.
+    Route: image 1/1 → layer1 1/4, layer2 1/8, layer3 and layer4 1/output_stride → pyramid 1x1, 2x2, 3x3,
+    6x6 (a quarter of the channels each) → merged with layer4 by 3x3 (512) → logits 1/output_stride → 1/1;
+    aux: layer3 → 3x3 (a quarter of its channels) → logits → 1/1.
     Differs from the paper: torchvision's 7x7 stem where the authors' release has three 3x3 convolutions; the
     convolution that loses its stride keeps the dilation before it, where theirs dilates the whole stage;
     half-pixel centres where it aligns corners, so that sizes need not be 8k+1.
@@ -84,8 +84,13 @@ class PSPNet(nn.Module):
         self.backbone = ResNet(backbone, in_channels, output_stride)
         *_, middle_channels, deep_channels = self.backbone.out_channels
         self.pyramid = PyramidPooling(deep_channels)
-        self.head = classifier(2 * deep_channels, HEAD_CHANNELS, num_classes, dropout)
-        self.aux = classifier(middle_channels, middle_channels // 4, num_classes, dropout) if aux else None
+        parts = (deep_channels, *[deep_channels // len(BINS)] * len(BINS))
+        merge = MergingConvBNReLU(parts, HEAD_CHANNELS, fine=0)
+        self.head = classifier(merge, HEAD_CHANNELS, num_classes, dropout)
+        self.aux = None
+        if aux:
+            width = middle_channels // 4
+            self.aux = classifier(ConvBNReLU(middle_channels, width), width, num_classes, dropout)
         init_weights(self.pyramid)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -98,11 +103,9 @@ class PSPNet(nn.Module):
         return logits, resize(self.aux(middle), like=images)
 
 
-def classifier(in_channels: int, width: int, num_classes: int, dropout: float) -> nn.Sequential:
-    """Return a head: 3x3 convolution, batch norm, ReLU, dropout of channels, 1x1 to the classes."""
-    head = nn.Sequential(
-        ConvBNReLU(in_channels, width), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, kernel_size=1)
-    )
+def classifier(block: nn.Module, width: int, num_classes: int, dropout: float) -> nn.Sequential:
+    """Return a head: a block that gives `width` channels, dropout of channels, 1x1 to the classes."""
+    head = nn.Sequential(block, nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, kernel_size=1))
     init_weights(head)
     init_scores(head[-1])
     return head

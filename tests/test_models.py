@@ -282,14 +282,19 @@ def test_taps_that_see_padding_alone_are_left_out_without_a_trace(groups, size):
     torch.testing.assert_close(conv.weight.grad, whole.grad)
 
 
-@pytest.mark.parametrize("coarse", [(1, 1), (4, 6), (16, 24)])
-def test_deeplab_merges_two_maps_as_by_resizing_and_convolving(coarse):
-    conv, fine = MergingConv2d(5, 3, 4).double(), torch.rand(2, 3, 16, 24).double()
+@pytest.mark.parametrize("fine", [0, 2])
+@pytest.mark.parametrize("coarse", [(1, 1), (4, 6), (16, 24), (20, 3)])
+def test_maps_are_merged_as_by_resizing_and_convolving(coarse, fine):
+    torch.manual_seed(0)
+    channels, sizes = [5, 3, 2], [coarse, (3, 3), (2, 5)]
+    sizes[fine] = (16, 24)
+    maps = [torch.rand(2, *shape).double() for shape in zip(channels, *zip(*sizes, strict=True), strict=True)]
+    conv = MergingConv2d(channels, 4, fine=fine).double()
     conv.bias = nn.Parameter(torch.rand(4).double())
-    weight, maps = conv.weight.detach().clone().requires_grad_(), torch.rand(2, 5, *coarse).double()
-    resized = nn.functional.interpolate(maps, size=(16, 24), mode="bilinear")
-    ours = conv(maps, fine)
-    theirs = nn.functional.conv2d(torch.cat([resized, fine], dim=1), weight, conv.bias, padding=1)
+    weight = conv.weight.detach().clone().requires_grad_()
+    resized = [nn.functional.interpolate(x, size=(16, 24), mode="bilinear") for x in maps]
+    ours = conv(maps)
+    theirs = nn.functional.conv2d(torch.cat(resized, dim=1), weight, conv.bias, padding=1)
     ours.square().sum().backward()
     theirs.square().sum().backward()
     torch.testing.assert_close(ours, theirs)
