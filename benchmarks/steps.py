@@ -5,8 +5,9 @@
 Batches of 4 pictures of 256 x 256. The cases, each in a process of its own, in interleaved rounds:
 - ours: train.py's own step with its default settings, on a uint8 batch;
 - off: the same with --amp off, strict float32;
-- plain: the same network (each ASPP convolution computed whole) in float32, contiguous, with torch's cross
-  entropy, segmentation_models.pytorch's DiceLoss and torch's Adam, on a batch that is normalised already;
+- plain: the same network in float32, contiguous, each convolution computed whole (dilated ones, and those of
+  several maps after these are resized and concatenated), with torch's cross entropy,
+  segmentation_models.pytorch's DiceLoss and torch's Adam, on a batch that is normalised already;
 - bf16: as plain, but with bf16 autocast and channels_last;
 - smp, smp_bf16: segmentation_models.pytorch's DeepLabV3Plus of the same backbone in these two ways, beside
   our separable one;

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from config import Config
 from models import build_model
-from models.layers import AtrousConv2d, MergingConv2d
+from models.layers import AtrousConv2d, MergingConv2d, concatenated
 from utils.device import keep_freed_memory
 from utils.run import multiply_adds
 
@@ -120,6 +120,15 @@ class Case:
         return build_model(config.model, self.classes, **config.model_options)
 
 
+def compute_whole() -> None:
+    """Have this process compute each convolution whole, of several maps after they are concatenated."""
+
+    def merge(conv: MergingConv2d, maps: list[Tensor]) -> Tensor:
+        return nn.Conv2d.forward(conv, concatenated(maps, conv.fine))
+
+    AtrousConv2d.forward, MergingConv2d.forward = nn.Conv2d.forward, merge
+
+
 def floating_point_work(case: Case) -> int:
     """Of a training step: three times the forward pass's, taps that see only padding included.
 
@@ -139,15 +148,16 @@ def inner_multiply_adds(case: Case) -> float:
     """
     found = []
 
-    def count(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        images, weights = inputs[-1], conv.weight.shape[:2].numel()  # a tap
+    def count(conv: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        images, weights = inputs[0], conv.weight.shape[:2].numel()  # a tap
         if isinstance(conv, nn.ConvTranspose2d):
             found.append(images.shape[0] * images.shape[2:].numel() * conv.weight.numel())
             return
-        if isinstance(conv, MergingConv2d):  # of the coarse map all taps at each of its own positions
-            coarse = inputs[0]
-            found.append(coarse.numel() * conv.out_channels * conv.weight.shape[2:].numel())
-            weights -= coarse.shape[1] * conv.out_channels
+        if isinstance(conv, MergingConv2d):  # of a coarse map all taps at each of its own positions
+            coarse = [x for index, x in enumerate(images) if index != conv.fine]
+            found.extend(x.numel() * conv.out_channels * conv.weight.shape[2:].numel() for x in coarse)
+            weights -= sum(x.shape[1] for x in coarse) * conv.out_channels
+            images = images[conv.fine]
         taps = [0, 0]  # down, across: pairs of a place in the output and a tap that falls on the map
         for axis, (side, out) in enumerate(zip(images.shape[2:], output.shape[2:], strict=True)):
             for at in range(out):
@@ -239,7 +249,7 @@ def wait_inside(step: Callable[[], object]) -> str:
 def plain_step(case: Case) -> tuple[Callable[[], object], str]:
     """A step as most scripts have it, on a float batch that is normalised already; and the loss's name."""
     if case.maker == "plain":
-        AtrousConv2d.forward = nn.Conv2d.forward
+        compute_whole()
     layout = torch.channels_last if case.channels_last else torch.contiguous_format
     model = case.build().to(case.device, memory_format=layout).train()
     if case.bare:
