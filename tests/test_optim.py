@@ -71,6 +71,30 @@ def test_defaults_are_the_fields_usual_ones():
     assert not build_optimizer(Net(), "sgd", 0.1, momentum=0).defaults["nesterov"]
 
 
+def test_adam_is_torchs_and_copies_no_gradient_in_channels_last():
+    torch.manual_seed(0)
+    ours, theirs = (nn.Conv2d(8, 4, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = [
+        build_optimizer(ours, "adam", 0.01, weight_decay=0.1),
+        torch.optim.Adam([{"params": [theirs.weight], "weight_decay": 0.1}, {"params": [theirs.bias]}], 0.01),
+    ]
+    for _ in range(3):
+        x = torch.rand(2, 8, 5, 5)
+        for conv, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            conv(x).square().sum().backward()
+            with torch.profiler.profile() as profile:
+                optimizer.step()
+            names = [event.name for event in profile.events()]
+            assert conv is theirs or "aten::_fused_adam_" in names and "aten::clone" not in names
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    assert ours.weight.shape == optimizers[0].state[ours.weight]["exp_avg"].shape
+    torch.optim.Adam(build_optimizer(theirs, "adam", 0.01).param_groups).load_state_dict(
+        optimizers[0].state_dict()
+    )
+
+
 def test_frozen_parameters_are_left_out():
     net = Net()
     net.backbone.requires_grad_(False)
