@@ -1,7 +1,5 @@
 """Segmentation networks: logits = model(images). The folder needs torch alone and can be copied elsewhere."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Read a file of weights safely: nothing in it is executed, a damaged one is refused before it is used."""
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 from pathlib import Path

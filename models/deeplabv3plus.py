@@ -1,7 +1,5 @@
 """DeepLabv3+: a dilated ResNet, ASPP, and a decoder that adds back one fine map."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

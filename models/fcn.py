@@ -1,7 +1,5 @@
 """FCN: a VGG classifier made convolutional, its coarse scores refined by those of earlier poolings."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

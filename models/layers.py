@@ -1,7 +1,5 @@
 """Pieces that several networks share: convolution blocks, batch norm of pooled maps, checks, weights."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """Fill a network's backbone with public classification weights, and say what fitted."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """PSPNet: a dilated ResNet whose last map is joined by averages over the whole picture and its parts."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from .backbones import ResNet

@@ -1,7 +1,5 @@
 """SegNet: VGG16 and its mirror; the decoder puts each value back where pooling had found it."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

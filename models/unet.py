@@ -1,7 +1,5 @@
 """U-Net: an encoder and a mirrored decoder, joined at every scale by skip connections."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

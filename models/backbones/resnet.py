@@ -1,7 +1,5 @@
 """ResNet without its classifier, its last stages dilated on request so that they stay fine."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from ..layers import check_choice, init_weights

@@ -1,7 +1,5 @@
 """VGG without its classifier, with batch norm as a choice."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from ..layers import check_choice, init_weights, pad_even
