@@ -1,7 +1,7 @@
 """Pieces that several networks share: convolution blocks, batch norm of pooled maps, checks, weights."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -182,7 +182,7 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
 
 def pad_even(x: Tensor) -> Tensor:
     """Add a row or column of zeros after the last where its number is odd, so that halving drops none."""
-    height, width = x.shape[-2:]
+    height, width = x.shape[-2:]  # not `height % 2`, of which export cannot tell that a map keeps a place
     return pad_end(x, 2 * ((height + 1) // 2) - height, 2 * ((width + 1) // 2) - width)
 
 
@@ -219,11 +219,9 @@ def check_images(images: Tensor, in_channels: int) -> None:
 
 def check_numbers(num_classes: int, in_channels: int, dropout: float, base_channels: int = 1) -> None:
     """Raise ValueError for a count or a probability out of range."""
-    for name, value, least in (
-        ("num_classes", num_classes, 2),
-        ("in_channels", in_channels, 1),
-        ("base_channels", base_channels, 1),
-    ):
+    counts = {"num_classes": num_classes, "in_channels": in_channels, "base_channels": base_channels}
+    for name, value in counts.items():
+        least = 2 if name == "num_classes" else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             hint = "Count the background as a class." if name == "num_classes" else "Give a larger number."
             raise ValueError(f"{name} must be a whole number of {least} or more; got {value!r}. {hint}")
@@ -232,20 +230,18 @@ def check_numbers(num_classes: int, in_channels: int, dropout: float, base_chann
 
 
 def check_choice(
-    name: str, value: object, choices: Iterable[object], remedy: str = "Choose one of these."
+    name: str, value: object, choices: Collection[object], remedy: str = "Choose one of these."
 ) -> None:
     """Raise ValueError, with the near name or else the remedy, unless `value` is one of `choices`."""
-    choices = list(choices)
-    if value in choices and not isinstance(value, bool):
-        return
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else remedy
-    raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}. {hint}")
+    if value not in choices:
+        names = [str(choice) for choice in choices]
+        near = difflib.get_close_matches(str(value), names, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else remedy
+        raise ValueError(f"{name} must be one of {', '.join(names)}; got {value!r}. {hint}")
 
 
-@torch.no_grad()
 def init_weights(module: nn.Module, mode: str = "fan_out") -> None:
-    """Give a network its initial weights: He normal convolutions, zero biases, batch norm 1 and 0.
+    """Give a network its initial weights: He normal convolutions, zero biases; batch norm stays at 1 and 0.
 
     Args:
         module: changed in place.
@@ -259,9 +255,6 @@ def init_weights(module: nn.Module, mode: str = "fan_out") -> None:
                 nn.init.kaiming_normal_(layer.weight, mode=fan, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.BatchNorm2d):
-            nn.init.ones_(layer.weight)
-            nn.init.zeros_(layer.bias)
 
 
 def init_scores(conv: nn.Conv2d) -> None:

@@ -78,6 +78,7 @@ RESNETS: dict[str, tuple[type[nn.Module], tuple[int, int, int, int]]] = {
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
 }
+DILATIONS = {8: (1, 1, 2, 4), 16: (1, 1, 1, 2), 32: (1, 1, 1, 1)}  # of the four stages, by output stride
 
 
 class ResNet(nn.Module):
@@ -107,7 +108,7 @@ class ResNet(nn.Module):
     def __init__(self, name: str, in_channels: int = 3, output_stride: int = 32) -> None:
         super().__init__()
         check_choice("backbone", name, RESNETS)
-        check_choice("output_stride", output_stride, (8, 16, 32))
+        check_choice("output_stride", output_stride, DILATIONS)
         block, depths = RESNETS[name]
         widths = (64, 128, 256, 512)
         self.name = name
@@ -117,16 +118,14 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
 
-        channels, reached, dilation = 64, 4, 1
-        for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            stride, before = (1 if index == 0 else 2), dilation
-            if reached * stride > output_stride:
-                stride, dilation = 1, dilation * stride
-            reached *= stride
+        channels, before = 64, 1
+        stages = zip(widths, depths, DILATIONS[output_stride], strict=True)
+        for number, (width, depth, dilation) in enumerate(stages, 1):
+            stride = 1 if number == 1 or dilation > before else 2  # dilated instead of strided
             blocks = [block(channels, width, stride, before, dilation)]
-            channels = width * block.expansion
+            channels, before = width * block.expansion, dilation
             blocks += [block(channels, width, 1, dilation, dilation) for _ in range(depth - 1)]
-            setattr(self, f"layer{index + 1}", nn.Sequential(*blocks))
+            setattr(self, f"layer{number}", nn.Sequential(*blocks))
         init_weights(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
