@@ -28,15 +28,14 @@ def read_file(path: str | Path, what: str, legacy: bool = False) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no {what} at {path}. Give the path of an existing file.")
     remedy = f"Give a {what} saved by torch.save, or copy it again from where it was whole."
-    damaged = None
     try:
         if not legacy or zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()  # torch itself does not notice a flipped byte
+            if damaged:
+                raise ValueError(f"the checksum of its part {damaged!r} is wrong")
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole {what}: {error}. {remedy}") from error
-    if damaged:
-        raise ValueError(f"{path} is damaged: the checksum of its part {damaged!r} is wrong. {remedy}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, TypeError) as error:

@@ -96,19 +96,17 @@ def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
 
 def place(given: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
     """Return, by its name in the network, the name in `given` of each tensor that has a place there."""
-    state = model.state_dict()
     names = {f"backbone.{key}": key for key in given}
-    ours = [name for name in state if name.startswith("backbone.features.")]
-    if any("running_mean" in name for name in ours) and not any("running_mean" in key for key in given):
-        plain = [key for key, value in given.items() if key.startswith("features.") and value.dim() == 4]
-        convolutions = [name for name in ours if state[name].dim() == 4]
-        names = dict(zip(convolutions, plain, strict=False))  # the n-th convolution of a plain VGG to ours
-        names |= {
-            name.replace("weight", "bias"): key.replace("weight", "bias") for name, key in names.items()
-        }
+    if model.backbone.name.endswith("_bn") and not any("running_mean" in key for key in given):
+        layers = model.backbone.named_modules(prefix="backbone")
+        convolutions = [name for name, layer in layers if isinstance(layer, nn.Conv2d)]
+        ours = [f"{name}.{part}" for name in convolutions for part in ("weight", "bias")]
+        plain = [key for key in given if key.startswith("features.")]
+        names = dict(zip(ours, plain, strict=False))  # the n-th convolution of a plain VGG to ours
     for old, new in getattr(model, "pretrained_names", {}).items():
         names |= {key.replace(old, new, 1): key for key in given if key.startswith(old)}
-    return {name: key for name, key in names.items() if name in state and key in given}
+    state = model.state_dict()
+    return {name: key for name, key in names.items() if name in state}
 
 
 def fit_channels(weight: Tensor, in_channels: int) -> Tensor:
