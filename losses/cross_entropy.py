@@ -17,7 +17,7 @@ class CrossEntropy(SegmentationLoss):
     """
 
     def __init__(self, *, ignore_index: int = 255) -> None:
-        super().__init__(ignore_index=ignore_index, pixel_name="ce")
+        super().__init__(ignore_index=ignore_index)
 
 
 class WeightedCrossEntropy(SegmentationLoss):

@@ -22,4 +22,4 @@ class Dice(SegmentationLoss):
     """
 
     def __init__(self, *, ignore_index: int = 255, dice_smooth: float = 1.0) -> None:
-        super().__init__(ignore_index=ignore_index, pixel_share=0.0, dice_share=1.0, smooth=dice_smooth)
+        super().__init__(ignore_index=ignore_index, dice_share=1.0, smooth=dice_smooth)

@@ -55,7 +55,6 @@ class Joint(SegmentationLoss):
             ignore_index=ignore_index,
             class_weights=class_weights,
             gamma=focal_gamma,
-            pixel_share=1.0 - dice_weight,
             dice_share=dice_weight,
             smooth=dice_smooth,
             pixel_name=joint_ce,

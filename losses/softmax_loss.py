@@ -27,20 +27,22 @@ _PIECE = {"cpu": 1 << 21, "cuda": 1 << 26}  # logits at a time: the processor's 
 
 def _pieces(
     x: Tensor, y: Tensor, spec: "SegmentationLoss", dtype: torch.dtype
-) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor]]:
-    """Cut logits (N, C, P) and masks (N, P) into pieces, on the CPU of one picture, the first the largest.
+) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor, Tensor]]:
+    """Cut logits (N, C, P) and masks (N, P) into pieces, on the CPU of one picture.
 
     Yields:
-        Where the piece lies (pictures, pixels); its logits; which pixels count, as 0 or 1; its labels.
+        Where the piece lies (pictures, pixels); its logits; which pixels count, as 0 or 1; its labels; two
+        flat buffers as large as the largest piece, the same for all.
     """
     n, c, p = x.shape
     size = max(1, _PIECE.get(x.device.type, 1 << 24) // c)  # pixels
     pictures, pixels = (1, size) if x.device.type == "cpu" else (max(1, size // p), p)
+    scratch = torch.empty((2, min(pictures, n) * c * min(pixels, p)), dtype=dtype, device=x.device)
     for first in range(0, n, pictures):
         for left in range(0, p, pixels):
             at = slice(first, first + pictures), slice(left, left + pixels)
             valid, labels = spec.split(y[at])
-            yield at, x[at[0], :, at[1]], valid.to(dtype), labels
+            yield at, x[at[0], :, at[1]], valid.to(dtype), labels, scratch
 
 
 def _view(buffer: Tensor, piece: Tensor) -> Tensor:
@@ -55,10 +57,8 @@ def _log_softmax(piece: Tensor, buffer: Tensor) -> Tensor:
     if piece.stride(1) == 1 and piece.shape[1] < 16:  # torch does not vectorize it over a short last axis
         piece = piece.contiguous()
     out = _view(buffer, piece)
-    if piece.stride(1) == 1:
-        torch.log_softmax(piece.transpose(1, 2), 2, dtype=out.dtype, out=out.transpose(1, 2))
-    else:
-        torch.log_softmax(piece, 1, dtype=out.dtype, out=out)
+    axis = 2 if piece.stride(1) == 1 else 1  # a contiguous axis of classes must be the last
+    torch.log_softmax(piece.transpose(1, axis), axis, dtype=out.dtype, out=out.transpose(1, axis))
     return out
 
 
@@ -98,11 +98,8 @@ class _SoftmaxLoss(torch.autograd.Function):
             log_py, log_sum = torch.empty((2, *y.shape), dtype=dtype, device=x.device)
             overlap, mass, pixels = torch.zeros((3, c), dtype=dtype, device=x.device)
             pixel = torch.zeros((), dtype=dtype, device=x.device)
-            scratch = None
-            for at, piece, valid, labels in _pieces(x, y, spec, dtype):
-                if scratch is None:
-                    scratch = torch.empty(piece.numel(), dtype=dtype, device=x.device)
-                logp = _log_softmax(piece, scratch)
+            for at, piece, valid, labels, scratch in _pieces(x, y, spec, dtype):
+                logp = _log_softmax(piece, scratch[0])
                 log_py[at] = logp.gather(1, labels[:, None])[:, 0]
                 torch.sub(piece[:, 0], logp[:, 0], out=log_sum[at])
                 log_sum[at].masked_fill_(valid == 0, torch.inf)  # so that p is 0 in the backward pass
@@ -136,11 +133,8 @@ class _SoftmaxLoss(torch.autograd.Function):
             to_overlap, to_mass, to_pixel = (factor * slope for factor in factors)
             grad = torch.empty_like(logits)
             x, y, dx = logits.flatten(2), masks.flatten(1), grad.flatten(2)
-            scratch = None
-            for at, piece, valid, labels in _pieces(x, y, spec, dtype):
+            for at, piece, valid, labels, scratch in _pieces(x, y, spec, dtype):
                 out = dx[at[0], :, at[1]]
-                if scratch is None:
-                    scratch = torch.empty((2, piece.numel()), dtype=dtype, device=x.device)
                 p = out if out.dtype == dtype else _view(scratch[0], piece)
                 torch.sub(piece, log_sum[at][:, None], out=p).exp_()
                 at_label = spec.pixel_slope(log_py[at], labels) * valid * to_pixel  # a
@@ -157,14 +151,13 @@ class _SoftmaxLoss(torch.autograd.Function):
 
 
 class SegmentationLoss(nn.Module):
-    """loss = pixel_share * pixel term + dice_share * Dice term; the losses with names are special cases.
+    """loss = (1 - dice_share) * pixel term + dice_share * Dice term; the named losses are special cases.
 
     Args:
         ignore_index: label of the pixels that count for nothing.
         class_weights: one number a class, or None for all ones.
         gamma: focusing exponent of the pixel term; 0 is cross entropy.
-        pixel_share: factor on the pixel term.
-        dice_share: factor on the Dice term.
+        dice_share: factor on the Dice term, in 0..1.
         smooth: s in the Dice term, in pixels.
         pixel_name: what `terms` calls the pixel term.
 
@@ -181,7 +174,6 @@ class SegmentationLoss(nn.Module):
         ignore_index: int = 255,
         class_weights: Sequence[float] | Tensor | None = None,
         gamma: float = 0.0,
-        pixel_share: float = 1.0,
         dice_share: float = 0.0,
         smooth: float = 1.0,
         pixel_name: str = "ce",
@@ -201,7 +193,7 @@ class SegmentationLoss(nn.Module):
             if not value >= 0:
                 raise ValueError(f"{option} must be 0 or more; got {value}. Leave it out for the default.")
         self.ignore_index = ignore_index
-        self.gamma, self.pixel_share, self.dice_share, self.smooth = gamma, pixel_share, dice_share, smooth
+        self.gamma, self.pixel_share, self.dice_share, self.smooth = gamma, 1 - dice_share, dice_share, smooth
         self.pixel_name = pixel_name
         self.terms: dict[str, Tensor] = {}
         self.register_buffer("class_weights", weights, persistent=False)
