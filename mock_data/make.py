@@ -36,12 +36,6 @@ def smooth_noise(rng, height, width, cell):
     return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def blurred(alpha, radius):
-    """A soft copy of a 0..1 plane."""
-    picture = Image.fromarray((alpha * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
-    return np.asarray(picture, dtype=np.float32) / 255
-
-
 def turned(angle, y, x):
     """Coordinates along and across a direction."""
     return np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
@@ -52,9 +46,8 @@ def draw_ground(rng, height, width):
     unit = min(height, width)
     kind = rng.integers(len(GROUND_COLORS))
     base = GROUND_COLORS[kind] * rng.uniform(0.85, 1.15)
-    relief = 0.0
-    for strength, cell in ((0.10, unit // 3), (0.09, unit // 12), (0.12, 9)):
-        relief = relief + strength * smooth_noise(rng, height, width, cell)
+    scales = ((0.10, unit // 3), (0.09, unit // 12), (0.12, 9))  # strength, cell
+    relief = sum(strength * smooth_noise(rng, height, width, cell) for strength, cell in scales)
     if kind in (2, 4):  # ripples of sand, grain of bark
         along, _ = turned(rng.uniform(0, np.pi), *np.mgrid[:height, :width] / unit)
         bend = 1.2 * smooth_noise(rng, height, width, unit // 2)
@@ -104,17 +97,14 @@ def place_thing(rng, picture, ids, label, center, radius):
     draw, stretch, weights = THINGS[label]
     radius = float(radius * stretch)
     reach = int(radius * 1.3)
-    window = tuple(
-        slice(max(0, middle - reach), min(size, middle + reach))
-        for middle, size in zip(center, ids.shape, strict=True)
-    )
-    y, x = np.mgrid[window]
+    window = tuple(slice(max(0, middle - reach), middle + reach) for middle in center)
+    y, x = (places[window] for places in np.indices(ids.shape))
     angle, squash = rng.uniform(0, 2 * np.pi), rng.uniform(0.75 if label == 3 else 0.9, 1)
     angle *= label != 1  # the light comes from the upper left, however a ball lies
     u, v = turned(angle, (y - center[0]) / radius, (x - center[1]) / radius)
     v = v / squash
-    inside, bright = draw(rng, u, v)
-    inside = inside > 0
+    outline, bright = draw(rng, u, v)
+    inside = outline > 0
 
     color = THING_COLORS[rng.choice(len(THING_COLORS), p=np.array(weights) / sum(weights))]
     color = np.clip(color * rng.uniform(0.8, 1.15) + rng.uniform(-0.05, 0.05, 3), 0, 1)
@@ -124,7 +114,8 @@ def place_thing(rng, picture, ids, label, center, radius):
         surface = np.where(eye, THING_COLORS[rng.choice([0, 1, 2, 4])] * (0.8 + 0.3 * rng.random()), surface)
 
     offset = max(1, int(radius * 0.12))
-    shadow = np.pad(blurred(inside, radius * 0.10), ((offset, 0), (offset, 0)), mode="edge")
+    soft = Image.fromarray(np.uint8(inside * 255)).filter(ImageFilter.GaussianBlur(radius * 0.10))
+    shadow = np.pad(np.float32(soft) / 255, ((offset, 0), (offset, 0)), mode="edge")
     ground = picture[window] * (1 - 0.5 * shadow[:-offset, :-offset, None])
     picture[window] = np.where(inside[..., None], surface, ground)
     ids[window][inside] = label
@@ -185,13 +176,13 @@ def write(root, counts=SPLITS):
     for split, count in counts.items():
         masked = split != "predict"
         pictures, masks = root / split / ("images" if masked else ""), root / split / "masks"
-        for folder in (pictures, masks) if masked else (pictures,):
-            folder.mkdir(parents=True, exist_ok=True)
+        pictures.mkdir(parents=True, exist_ok=True)
         for number in range(count):
             picture, mask = map(Image.fromarray, draw_picture(split, number))
-            ending, options = (".jpg", {"quality": 90}) if (number + 1) % 4 else (".png", {"optimize": True})
-            picture.save(pictures / f"{number:02}{ending}", **options)
+            ending = ".jpg" if (number + 1) % 4 else ".png"
+            picture.save(pictures / f"{number:02}{ending}", quality=90, optimize=ending == ".png")
             if masked:
+                masks.mkdir(exist_ok=True)
                 mask.putpalette([value for color in CLASS_COLORS for value in color])
                 mask.save(masks / f"{number:02}.png", optimize=True)
 
