@@ -101,9 +101,8 @@ class DeepLabV3Plus(nn.Module):
         check_numbers(num_classes, in_channels, dropout)
         check_choice("output_stride", output_stride, RATES)
         self.in_channels = in_channels
-        merge, conv = MergingConvBNReLU, ConvBNReLU
-        if separable:
-            merge, conv = SeparableMerge, SeparableConvBNReLU
+        conv = SeparableConvBNReLU if separable else ConvBNReLU
+        merge = SeparableMerge if separable else MergingConvBNReLU
         self.backbone = ResNet(backbone, in_channels, output_stride)
         fine_channels, *_, deep_channels = self.backbone.out_channels
         self.aspp = ASPP(deep_channels, RATES[output_stride], separable, dropout)

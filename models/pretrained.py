@@ -54,9 +54,9 @@ def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
             weights cannot be fetched.
     """
     if not hasattr(model, "backbone"):
-        name = type(model).__name__.lower()
         raise ValueError(
-            f"{name} has no backbone for public weights; got {source!r}. Set pretrained to none."
+            f"{type(model).__name__.lower()} has no backbone for public weights; got {source!r}. "
+            f"Set pretrained to none."
         )
     needed = model.backbone.name
     public = str(source) == "imagenet"
