@@ -235,12 +235,11 @@ def predicted_ids(logits: Tensor) -> Tensor:
         return logits.argmax(1).to(torch.uint8 if classes <= 256 else torch.int16)
     if logits.stride(1) == 1:  # channels_last: max has a faster kernel than argmax
         return logits.max(1).indices.to(torch.uint8)
-    ids = torch.empty(logits.shape[:1] + logits.shape[2:], dtype=torch.uint8)
+    ids = torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.uint8)
     for scores, out in zip(logits, ids, strict=True):
         # the id is the number of classes before the first that has the maximum: plain passes over planes
         top = scores.amax(0)
         before, below = torch.ones_like(out), torch.empty_like(out, dtype=torch.bool)
-        out.zero_()
         for plane in scores[:-1]:
             torch.ne(plane, top, out=below)
             out.add_(before.mul_(below.view(torch.uint8)))
