@@ -176,15 +176,14 @@ def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator
         (top, 0, logits (num_classes, rows, original_width)), each row once.
     """
     inner = logits[0, :, box.top : box.top + box.height, box.left : box.left + box.width]
-    height, width, last = box.original_height, box.original_width, box.height - 1
+    height, width = box.original_height, box.original_width
     rows = max(1, elements // (len(inner) * width))
     for top in range(0, height, rows):
-        at = torch.arange(top, min(height, top + rows), dtype=torch.float64)  # which mps does not have
-        at = ((at + 0.5) * (box.height / height) - 0.5).clamp_(0, last)
+        at = torch.arange(top, min(height, top + rows), device=inner.device) + 0.5
+        at = (at * (box.height / height) - 0.5).clamp_(0, box.height - 1)
         above = at.long()
-        below = (above + 1).clamp_(max=last)
-        above, below, share = (t.to(inner.device) for t in (above, below, (at - above).float()[:, None]))
-        strip = torch.lerp(inner[:, above], inner[:, below], share)
+        below = (above + 1).clamp_(max=box.height - 1)
+        strip = torch.lerp(inner[:, above], inner[:, below], (at - above)[:, None])
         yield top, 0, _resized(strip[None], (len(at), width))[0]
 
 
