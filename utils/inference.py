@@ -6,6 +6,7 @@ Both doors go through `Network`, so that scoring saved predictions gives the dig
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -242,30 +243,24 @@ def sliding_blocks(
     rows, columns = min(window[0], height), min(window[1], width)
     tops, lefts = _starts(height, rows, overlap), _starts(width, columns, overlap)
     down, across = _weights(tops, rows, overlap), _weights(lefts, columns, overlap)
-    carried = None  # weighted logits of the rows that the strip of windows below covers, too
-    for at, top in enumerate(tops):
+    shared = [top + rows - following for top, following in pairwise(tops)]  # rows of a strip and the next
+    carried = None  # weighted logits of these rows
+    for top, fall, above, below in zip(tops, down, [0, *shared], [*shared, 0], strict=True):
         strip = read(top, top + rows)
-        done = (tops[at + 1] if at + 1 < len(tops) else height) - top  # rows that no later window touches
-        shared = tops[at - 1] + rows - top if at else 0  # rows that an earlier window has touched
+        crops = [strip[:, :, left : left + columns] for left in lefts]
+        batches = (torch.stack(crops[at : at + batch_size]) for at in range(0, len(crops), batch_size))
+        logits = chain.from_iterable(forward(_enlarged(batch)) for batch in batches)
         beside = None  # weighted logits of the columns that the next window covers, too
-        for first in range(0, len(lefts), batch_size):
-            some = range(first, min(first + batch_size, len(lefts)))
-            crops = torch.stack([strip[:, :, lefts[i] : lefts[i] + columns] for i in some])
-            logits = forward(_at_least(crops, 32))[:, :, :rows, :columns]  # no network takes less than 32
-            for i, one in zip(some, logits, strict=True):
-                block = one * (down[at][:, None] * across[i]).to(one.device)
-                if beside is not None:
-                    block[:, :, : beside.shape[2]] += beside
-                left, right = lefts[i], lefts[i + 1] if i + 1 < len(lefts) else width
-                block, beside = block[:, :, : right - left], block[:, :, right - left :]
-                if shared:
-                    block[:, :shared] += carried[:, :shared, left:right]
-                if done < rows:
-                    if carried is None:
-                        most = rows - min(b - a for a, b in zip(tops, tops[1:], strict=False))
-                        carried = block.new_empty(len(block), most, width)
-                    carried[:, : rows - done, left:right] = block[:, done:]
-                yield top, left, block[:, :done]
+        for one, weights, left, right in zip(logits, across, lefts, [*lefts[1:], width], strict=True):
+            block = one[:, :rows, :columns] * (fall[:, None] * weights).to(one.device)
+            if beside is not None:
+                block[:, :, : beside.shape[2]] += beside
+            block, beside = block[:, :, : right - left], block[:, :, right - left :]
+            if carried is None:
+                carried = block.new_empty(len(block), max(shared, default=0), width)
+            block[:, :above] += carried[:, :above, left:right]
+            carried[:, :below, left:right] = block[:, rows - below :]
+            yield top, left, block[:, : rows - below]
 
 
 def _starts(length: int, window: int, overlap: float) -> list[int]:
@@ -286,10 +281,9 @@ def _weights(starts: Sequence[int], window: int, overlap: float) -> list[Tensor]
     return [ramp / total[start : start + window] for start in starts]
 
 
-def _at_least(images: Tensor, side: int) -> Tensor:
-    """Images (N, C, H, W) with their last row and column repeated where they are smaller than `side`."""
-    height, width = images.shape[-2:]
-    if min(height, width) >= side:
+def _enlarged(images: Tensor) -> Tensor:
+    """Images (N, C, H, W), their last row and column repeated to the 32 that a network takes at least."""
+    if min(images.shape[-2:]) >= 32:
         return images
-    rows = torch.arange(max(height, side)).clamp_(max=height - 1)
-    return images[:, :, rows][..., torch.arange(max(width, side)).clamp_(max=width - 1)]
+    rows, columns = (torch.arange(max(32, side)).clamp_(max=side - 1) for side in images.shape[-2:])
+    return images[:, :, rows][..., columns]
