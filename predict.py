@@ -416,14 +416,11 @@ def save(
 
 def source_mask(ids: np.ndarray, encoding: Encoding) -> Image.Image:
     """The mask in the training masks' own encoding, made in strips: a look-up takes 8 bytes a pixel."""
+    nearest = Image.Resampling.NEAREST
+    mask = encoding.decode(ids[:1]).resize(ids.shape[::-1], nearest)  # for its mode and palette
     step = max(1, STRIP // ids.shape[1])
-    mask = encoding.decode(ids[:step])
-    if len(ids) > step:
-        first, mask = mask, Image.new(mask.mode, ids.shape[::-1])
-        if first.mode == "P":
-            mask.putpalette(first.getpalette())
-        for top in range(0, len(ids), step):
-            mask.paste(encoding.decode(ids[top : top + step]), (0, top))
+    for top in range(0, len(ids), step):
+        mask.paste(encoding.decode(ids[top : top + step]), (0, top))
     return mask
 
 
