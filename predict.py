@@ -134,32 +134,32 @@ def segment(model: nn.Module, picture: np.ndarray) -> np.ndarray:
     return predicted_ids(next(logits))[0].cpu().numpy()
 
 
+@dataclass(eq=False)
+class Picture:
+    """A picture to predict, and what came of it."""
+
+    path: Path
+    name: str  # of what is written, without ending
+    truth: Path | None = None
+    problem: str = ""  # why it, or something of it, is not written
+    shares: dict[str, float] | None = None  # of each class; None where nothing is written
+    scores: dict[str, float] | None = None  # of SCORES, against the truth
+    matrix: ConfusionMatrix | None = None  # likewise, until it is merged: 8 MiB of 1000 classes
+
+
 @dataclass(frozen=True)
 class Work:
-    """What is the same for all pictures."""
+    """All pictures, and what is the same for each."""
 
     args: Args
     info: Any  # what the checkpoint knows
     network: Network
     window: tuple[int, int] | None  # that slides over each picture
     encoding: Encoding  # of the training masks
-    files: list[Path]
-    names: list[str]  # of what is written, without ending
-    truths: list[Path]  # one a picture, or none at all
+    pictures: list[Picture]
 
 
-@dataclass
-class Done:
-    """What came of a picture."""
-
-    index: int
-    problem: str = ""  # why it, or something of it, is not written
-    shares: list[float] | None = None  # of each class; None where nothing is written
-    scores: dict[str, float] | None = None  # of SCORES, against the truth
-    matrix: ConfusionMatrix | None = None  # likewise, until it is merged: 8 MiB of 1000 classes
-
-
-def main(args: Args) -> int:
+def main(args: Args) -> None:
     """Predict as `args` says.
 
     Raises:
@@ -172,17 +172,19 @@ def main(args: Args) -> int:
             return write_network(weights, Path(args.export))
         work = prepare(args, weights)
     started = time.perf_counter()
-    done, total = predict_all(work)
     try:
-        report(work, [one for one in done if one.shares], total, time.perf_counter() - started)
+        total = predict_all(work)
+    except OSError as error:
+        raise Fail(f"predictions cannot be written: {error}. What was written before is whole", 1) from error
+    try:
+        report(work, total, time.perf_counter() - started)
     except OSError as error:
         raise Fail(f"the tables cannot be written: {error}. The masks are whole", 1) from error
-    problems = [one.problem for one in done if one.problem]
+    problems = [one.problem for one in work.pictures if one.problem]
     if problems:
-        rest = "" if len(problems) == len(done) else ", the others are written"
-        heading = f"{len(problems)} of {len(done)} pictures had problems{rest}:"
+        rest = "" if len(problems) == len(work.pictures) else ", the others are written"
+        heading = f"{len(problems)} of {len(work.pictures)} pictures had problems{rest}:"
         raise Fail("\n  ".join([heading, *problems]), 1)
-    return 0
 
 
 def default_runs() -> Path:
@@ -214,7 +216,8 @@ def prepare(args: Args, weights: Path) -> Work:
     encoding = Encoding.from_dict(info.encoding)
     if args.encoding == "source":
         encoding.decode(np.arange(len(info.class_names))[None])  # refuses what no mask could be written as
-    truths = pair_truth(files, args.truth, info.mask_suffix, encoding) if args.truth else []
+    no_truths = [None] * len(files)
+    truths = pair_truth(files, args.truth, info.mask_suffix, encoding) if args.truth else no_truths
     output = Path(args.output)
     try_output(output, "output")
     if (output / SUMMARY).exists():
@@ -226,86 +229,86 @@ def prepare(args: Args, weights: Path) -> Work:
         f"{weights}: {info.architecture['name']}, {len(info.class_names)} classes, epoch {info.epoch}; "
         f"{len(files)} pictures; {describe_device(device)}, {str(precision).removeprefix('torch.')}"
     )
-    names = output_names(files, Path(args.input))
-    return Work(args, info, network, window_of(info, args.window), encoding, files, names, truths)
+    pictures = list(map(Picture, files, output_names(files, Path(args.input)), truths))
+    return Work(args, info, network, window_of(info, args.window), encoding, pictures)
 
 
-def predict_all(work: Work) -> tuple[list[Done], ConfusionMatrix | None]:
+def predict_all(work: Work) -> ConfusionMatrix | None:
     """Predict and write every picture; each thread takes its own from file to file.
 
     On a CPU each has its share of the cores, so that none waits for another at every layer. Large pictures
     come last, one by one, on all cores.
 
     Returns:
-        What came of each picture, and the confusion matrix of all where the truth is given.
+        The confusion matrix of all where the truth is given.
 
     Raises:
-        Fail: the output cannot be written.
+        OSError: the output cannot be written.
     """
-    large = [index for index in range(len(work.files)) if is_large(work, index)]
-    small = sorted(set(range(len(work.files))) - set(large))
+    args, pictures, classes = work.args, work.pictures, len(work.info.class_names)
+    large = [one for one in pictures if is_large(one.path, classes)]
+    small = [one for one in pictures if one not in large]
     if not large:  # else memory matters more than time
         keep_freed_memory()
     threads = torch.get_num_threads()
-    workers = min(work.args.num_workers, len(work.files))
+    workers = min(args.num_workers, len(pictures))
     if work.network.device.type == "cpu":
         workers = min(workers, threads)
     share = max(1, threads // workers)
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,))
 
-    def one_by_one() -> Iterator[Done]:
-        parts = batches(small, work.args.batch_size, 2 * workers)
+    def one_by_one() -> Iterator[Picture]:
+        parts = batches(small, args.batch_size, 2 * workers)
         yield from chain.from_iterable(pool.map(partial(predict_batch, work), parts))
         torch.set_num_threads(threads)
-        yield from (predict_large(work, index) for index in large)
+        yield from (predict_large(work, one) for one in large)
 
-    done = []
-    total = ConfusionMatrix(len(work.info.class_names), work.info.ignore_index) if work.truths else None
-    with pool, tqdm(total=len(work.files), unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
+    total = ConfusionMatrix(classes, work.info.ignore_index) if args.truth else None
+    with pool, tqdm(total=len(pictures), unit="img", leave=False, disable=not sys.stderr.isatty()) as bar:
         for one in one_by_one():
-            done.append(one)
-            if total and one.matrix:
+            if one.matrix:
                 total.merge(one.matrix)
                 one.matrix = None
             bar.update()
             if one.problem:  # said at once, and again at the end
                 print(f"problem: {one.problem}", file=sys.stderr)
-    return sorted(done, key=lambda one: one.index), total
+    return total
 
 
-def is_large(work: Work, index: int) -> bool:
+def is_large(path: Path, classes: int) -> bool:
     """Whether a picture is to be taken in strips; what is no picture is told when it is read."""
     try:
-        height, width = picture_size(work.files[index], upright=False)
+        height, width = picture_size(path, upright=False)
     except (ValueError, OSError):
         return False
-    return height * width * max(4, len(work.info.class_names)) > LARGE
+    return height * width * max(4, classes) > LARGE
 
 
-def batches(indices: list[int], size: int, parts: int) -> Iterator[list[int]]:
+def batches(pictures: list[Picture], size: int, parts: int) -> Iterator[list[Picture]]:
     """`size` at a time, towards the end fewer, so that all threads end together."""
-    while indices:
-        take = max(1, min(size, len(indices) // parts))
-        yield indices[:take]
-        indices = indices[take:]
+    while pictures:
+        take = max(1, min(size, len(pictures) // parts))
+        yield pictures[:take]
+        pictures = pictures[take:]
 
 
-def predict_batch(work: Work, batch: Sequence[int]) -> list[Done]:
+def predict_batch(work: Work, batch: list[Picture]) -> list[Picture]:
     """Take some pictures all the way: read them, compute their classes, and write them."""
-    done, read = [], []
-    for index in batch:
+    read = []
+    for one in batch:
         try:
-            read.append((index, *read_picture(work, work.files[index])))
+            read.append((one, *read_picture(work, one.path)))
         except (ValueError, OSError) as error:
-            done.append(Done(index, str(error)))
+            one.problem = str(error)
     if read:
-        indices, images, boxes, pictures = zip(*read, strict=True)
-        logits = picture_logits(work.network, list(map(chw, images)), boxes, work.window, work.args.overlap)
-        for index, picture, whole in zip(indices, pictures, logits, strict=True):
-            probabilities = whole[0].softmax(0).half().cpu().numpy() if work.args.probabilities else None
-            ids = ids_of(work, [(0, 0, whole[0])], whole.shape[2:])
-            done.append(finish(work, index, ids, picture, probabilities))
-    return done
+        pictures, images, boxes, canvases = zip(*read, strict=True)
+        each = picture_logits(work.network, list(map(chw, images)), boxes, work.window, work.args.overlap)
+        for one, canvas, (logits,) in zip(pictures, canvases, each, strict=True):
+            probabilities = logits.softmax(0).half().cpu().numpy() if work.args.probabilities else None
+            ids = ids_of(work, [(0, 0, logits)], logits.shape[1:])
+            count(work, one, ids)
+            save(work, one.name, ids, canvas, probabilities)
+    return batch
 
 
 def read_picture(work: Work, path: Path) -> tuple[np.ndarray, Box, np.ndarray | None]:
@@ -319,12 +322,12 @@ def read_picture(work: Work, path: Path) -> tuple[np.ndarray, Box, np.ndarray | 
     return image, box, picture
 
 
-def predict_large(work: Work, index: int) -> Done:
+def predict_large(work: Work, one: Picture) -> Picture:
     """Likewise for one whose logits are never in memory all at once; its pixels are decoded, not an array."""
-    path, args, network = work.files[index], work.args, work.network
+    args, network = work.args, work.network
     try:
-        with LargePicture(path, work.info.architecture["in_channels"]) as picture:
-            drawn = picture.reduced(DRAWN) if args.overlay else None
+        with LargePicture(one.path, work.info.architecture["in_channels"]) as picture:
+            canvas = picture.reduced(DRAWN) if args.overlay else None
             if work.window:
                 batch = 1 if network.device.type == "cpu" else args.batch_size  # a CPU gains nothing by more
 
@@ -337,11 +340,13 @@ def predict_large(work: Work, index: int) -> Done:
                 blocks = restored_strips(network.logits(chw(image)[None]), box)
             ids = ids_of(work, blocks, picture.size)
     except (ValueError, OSError) as error:
-        return Done(index, str(error))
-    done = finish(work, index, ids, drawn)
+        one.problem = str(error)
+        return one
+    count(work, one, ids)
+    save(work, one.name, ids, canvas, None)
     if args.probabilities:
-        done.problem = f"{path}: too large for probabilities, which were not written; its mask was"
-    return done
+        one.problem = f"{one.path}: too large for probabilities, which were not written; its mask was"
+    return one
 
 
 def ids_of(work: Work, blocks: Iterable[tuple[int, int, Tensor]], size: Sequence[int]) -> np.ndarray:
@@ -356,62 +361,46 @@ def ids_of(work: Work, blocks: Iterable[tuple[int, int, Tensor]], size: Sequence
     return joined(((top, left, ids(block)) for top, left, block in blocks), size).numpy()
 
 
-def finish(
-    work: Work,
-    index: int,
-    ids: np.ndarray,
-    picture: np.ndarray | None = None,
-    probabilities: np.ndarray | None = None,
-) -> Done:
-    """Count the pixels of each class, compare them with the truth where it is given, and write all.
-
-    Raises:
-        Fail: the disk is full or cannot be written.
-    """
-    done, classes, step = Done(index), len(work.info.class_names), max(1, STRIP // ids.shape[1])
-    preds = torch.from_numpy(ids)
-    counts = sum(torch.bincount(part.flatten(), minlength=classes) for part in preds.split(step))
-    done.shares = (counts / ids.size).tolist()
-    if work.truths:
-        done.matrix = ConfusionMatrix(classes, work.info.ignore_index)
-        with LargeMask(work.truths[index], work.encoding.as_colours) as truth:
+def count(work: Work, one: Picture, ids: np.ndarray) -> None:
+    """Count the pixels of each class, and compare them with the truth where it is given."""
+    names, preds = work.info.class_names, torch.from_numpy(ids)
+    parts = preds.split(max(1, STRIP // ids.shape[1]))
+    counts = sum(torch.bincount(part.flatten(), minlength=len(names)) for part in parts)
+    one.shares = dict(zip(names, (counts / ids.size).tolist(), strict=True))
+    if one.truth:
+        one.matrix = ConfusionMatrix(len(names), work.info.ignore_index)
+        with LargeMask(one.truth, work.encoding.as_colours) as truth:
             for top, raw in truth.strips():
                 target = torch.from_numpy(work.encoding.encode(raw))
-                done.matrix.update(preds[top : top + len(raw)], target)
-        done.matrix.join()
-        scores = done.matrix.scores()
-        done.scores = {name: getattr(scores, name) for name in SCORES}
-    try:
-        save(work, index, ids, picture, probabilities)
-    except OSError as error:
-        raise Fail(f"predictions cannot be written: {error}. What was written before is whole", 1) from error
-    return done
+                one.matrix.update(preds[top : top + len(raw)], target)
+        one.matrix.join()
+        scores = one.matrix.scores()
+        one.scores = {name: getattr(scores, name) for name in SCORES}
 
 
 def save(
-    work: Work, index: int, ids: np.ndarray, picture: np.ndarray | None, probabilities: np.ndarray | None
+    work: Work, name: str, ids: np.ndarray, canvas: np.ndarray | None, probabilities: np.ndarray | None
 ) -> None:
     """Write a mask (H, W), its overlay on a picture (h, w, C), and float16 probabilities (classes, H, W)."""
     info, base = work.info, Path(work.args.output)
-    if (base / "masks" / f"{work.names[index]}.png").exists():  # with it goes what was made beside it
-        for name in (f"overlays/{work.names[index]}.png", f"probabilities/{work.names[index]}.npz"):
-            (base / name).unlink(missing_ok=True)
+    if (base / f"masks/{name}.png").exists():  # with it goes what was made beside it
+        (base / f"overlays/{name}.png").unlink(missing_ok=True)
+        (base / f"probabilities/{name}.npz").unlink(missing_ok=True)
 
-    def place(folder: str, ending: str) -> Path:
-        path = base / folder / f"{work.names[index]}{ending}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+    def place(file: str) -> Path:
+        (base / file).parent.mkdir(parents=True, exist_ok=True)
+        return base / file
 
     source = work.args.encoding == "source"
     mask = source_mask(ids, work.encoding) if source else visualize.mask_image(ids, info.palette)
-    write_image(place("masks", ".png"), mask, compress_level=1)
-    if picture is not None:
-        blended = visualize.overlay(picture, resize_mask(ids, picture.shape[:2]), info.palette)
+    write_image(place(f"masks/{name}.png"), mask, compress_level=1)
+    if canvas is not None:
+        blended = visualize.overlay(canvas, resize_mask(ids, canvas.shape[:2]), info.palette)
         drawn = visualize.with_legend(blended, info.class_names, info.palette)
-        write_image(place("overlays", ".png"), drawn, compress_level=1)
+        write_image(place(f"overlays/{name}.png"), drawn, compress_level=1)
     if probabilities is not None:
         write = partial(np.savez_compressed, probabilities=probabilities)
-        write_atomic(place("probabilities", ".npz"), write)
+        write_atomic(place(f"probabilities/{name}.npz"), write)
 
 
 def source_mask(ids: np.ndarray, encoding: Encoding) -> Image.Image:
@@ -424,25 +413,23 @@ def source_mask(ids: np.ndarray, encoding: Encoding) -> Image.Image:
     return mask
 
 
-def report(work: Work, done: list[Done], total: ConfusionMatrix | None, seconds: float) -> None:
+def report(work: Work, total: ConfusionMatrix | None, seconds: float) -> None:
     """Write summary.csv and, where there is a truth, scores.csv; print each class's share and scores."""
+    done = [one for one in work.pictures if one.shares]
     if not done:
         return
     output, names = Path(work.args.output), work.info.class_names
-    files = [str(work.files[one.index]) for one in done]
-    shares = [dict(zip(names, one.shares, strict=True)) for one in done]
-    rows = [{"picture": file} | row for file, row in zip(files, shares, strict=True)]
     if not total and (output / SUMMARY).exists():  # an earlier prediction's
         (output / "scores.csv").unlink(missing_ok=True)
-    write_log(output / SUMMARY, rows)
+    write_log(output / SUMMARY, [{"picture": str(one.path)} | one.shares for one in done])
     table = []
     for name in names:
-        found = [row[name] for row in shares]
+        found = [one.shares[name] for one in done]
         share = f"{100 * sum(found) / len(found):.2f} %"
         table.append([f"  {name}", share, str(sum(value > 0 for value in found))])
     print(format_table(["  class", "share", "pictures"], table))
     if total:
-        rows = [{"picture": file} | one.scores for file, one in zip(files, done, strict=True)]
+        rows = [{"picture": str(one.path)} | one.scores for one in done]
         rows.sort(key=lambda row: (math.isnan(row["mean_iou"]), row["mean_iou"]))  # the worst first
         write_log(output / "scores.csv", rows)
         scores = total.scores()
@@ -485,7 +472,7 @@ def output_names(images: Sequence[Path], source: Path) -> list[str]:
     return names
 
 
-def write_network(weights: Path, path: Path) -> int:
+def write_network(weights: Path, path: Path) -> None:
     """Export the network of a checkpoint, and say how the file's logits differ from its own.
 
     Raises:
@@ -508,7 +495,6 @@ def write_network(weights: Path, path: Path) -> int:
     else:
         sizes = ", ".join(" x ".join(map(str, size)) for size in SIZES)
         print(f"its logits differ from the network's by {difference:.1e} of the largest, over {sizes}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -256,13 +256,13 @@ def test_a_truth_of_0_and_255_for_a_network_of_0_and_1_is_told_to_lack_a_class(a
 def test_no_picture_keeps_its_confusion_matrix_and_their_total_is_that_of_all_pixels(args, data, tmp_path):
     given = args(truth=str(data / "val" / "masks"), num_workers=2, batch_size=1)
     work = predict.prepare(given, Path(given.weights))
-    done, total = predict.predict_all(work)
+    total = predict.predict_all(work)
     expected = ConfusionMatrix(2)
-    for picture, truth in zip(work.files, work.truths, strict=True):
-        files = (tmp_path / "out" / "masks" / f"{picture.stem}.png", truth)
+    for picture in work.pictures:
+        files = (tmp_path / "out" / "masks" / f"{picture.name}.png", picture.truth)
         expected.update(*(torch.from_numpy(np.array(Image.open(file))) for file in files))
     assert torch.equal(total.state(), expected.state())
-    assert [(one.matrix, set(one.scores)) for one in done] == [(None, set(predict.SCORES))] * 3
+    assert [(one.matrix, set(one.scores)) for one in work.pictures] == [(None, set(predict.SCORES))] * 3
 
 
 def test_probabilities_are_written_and_their_argmax_is_the_mask(args, tmp_path):
@@ -295,8 +295,8 @@ def test_a_picture_taken_strip_by_strip_has_the_mask_and_overlay_of_the_usual_wa
     given = args({"amp": "off", "epochs": 3, "learning_rate": 0.01, **training})
     predict.main(given)
     work = predict.prepare(replace(given, output=str(tmp_path / "strips")), Path(given.weights))
-    for index in range(len(work.files)):
-        predict.predict_large(work, index)
+    for picture in work.pictures:
+        predict.predict_large(work, picture)
     written = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png")]
     assert len(written) == 6
     for name in written:
@@ -339,8 +339,7 @@ def test_whether_a_picture_is_large_is_told_without_decoding_it(tmp_path):
     path = tmp_path / "cut.png"
     Image.effect_noise((5000, 4000), 50).save(path, compress_level=1)
     path.write_bytes(path.read_bytes()[:5000])
-    info = SimpleNamespace(class_names=["a", "b"])
-    assert predict.is_large(predict.Work(Args(), info, None, None, None, [path], ["cut"], []), 0)
+    assert predict.is_large(path, classes=2)
 
 
 def test_a_wide_picture_is_reduced_by_few_rows_at_a_time(tmp_path):
@@ -660,8 +659,8 @@ def test_a_written_mask_reads_back_as_the_ids_of_the_network(tmp_path, num_class
     logits = torch.randn(1, num_classes, 24, 40)
     info = SimpleNamespace(palette=[[0, 0, 0]] * num_classes)
     ids = predicted_ids(logits)[0].numpy()
-    work = predict.Work(Args(output=str(tmp_path)), info, None, None, None, [Path("a.jpg")], ["a"], [])
-    predict.save(work, 0, ids, None, None)
+    work = predict.Work(Args(output=str(tmp_path)), info, None, None, None, [])
+    predict.save(work, "a", ids, None, None)
     assert np.array_equal(np.array(Image.open(tmp_path / "masks" / "a.png")), logits.argmax(1)[0].numpy())
 
 
