@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from config import Config, settings
-from utils.cli import Fail, Parsed, coerce, end_with, mendable, parse
+from utils.cli import Fail, coerce, end_with, mendable, parse
 
 
 @settings
@@ -61,7 +61,6 @@ class Args:
             raise ValueError(f"window must be 32 pixels or more a side; got {self.window}")
 
 
-PARSED: Parsed | None = None
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     PARSED = end_with(lambda: parse(Args, sys.argv[1:], __doc__))
 
@@ -314,7 +313,7 @@ def predict_batch(work: Work, batch: list[Picture]) -> list[Picture]:
 def read_picture(work: Work, path: Path) -> tuple[np.ndarray, Box, np.ndarray | None]:
     """A picture as the network sees it, its place in that, and as it is drawn on."""
     channels, resize = work.info.architecture["in_channels"], "crop" if work.window else work.info.resize
-    image, box, picture = load_fitted(path, channels, tuple(work.info.image_size), resize)
+    image, box, picture = load_fitted(path, channels, work.info.image_size, resize)
     if not work.args.overlay:
         return image, box, None
     if picture.shape[:2] != (box.original_height, box.original_width):  # a JPEG that was decoded smaller
@@ -498,5 +497,4 @@ def write_network(weights: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    assert PARSED is not None
     end_with(lambda: main(PARSED.settings))
