@@ -92,8 +92,7 @@ class Network:
             return self._forward(images)
         size, views = images.shape[-2:], []
         for factor in (1.0,) if self.tta == "flip" else TTA_SCALES:
-            target = [max(32, round(side * factor)) for side in size]
-            scaled = images if factor == 1 else _resized(images, target)
+            scaled = _resized(images, [max(32, round(side * factor)) for side in size])
             views.append(_resized(self._forward(scaled), size))
             views.append(_resized(self._forward(scaled.flip(-1)).flip(-1), size))
         return torch.stack(views).mean(0)
@@ -160,13 +159,13 @@ def restore(logits: Tensor, box: Any) -> Tensor:
         (N, num_classes, original_height, original_width), bilinear between pixel centres.
     """
     inner = logits[..., box.top : box.top + box.height, box.left : box.left + box.width]
-    size = (box.original_height, box.original_width)
-    if inner.shape[-2:] == size:
-        return inner
-    return _resized(inner, size)
+    return _resized(inner, (box.original_height, box.original_width))
 
 
 def _resized(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Images or logits (N, C, H, W) in another height and width; themselves where they have it."""
+    if images.shape[-2:] == tuple(size):
+        return images
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
