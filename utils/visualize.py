@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 Palette = Sequence[Sequence[int]]  # a colour a class: red, green, blue, 0 to 255
 Rows = Sequence[Mapping[str, float]]  # of log.csv, one an epoch; missing and NaN values are gaps
@@ -34,7 +34,7 @@ class Classes(NamedTuple):
 
 IGNORED = (160, 160, 160)
 WRONG = (213, 50, 40)
-INK, DARK, FAINT = (38, 42, 48), "#262a30", "#70767e"  # DARK is INK as matplotlib takes it
+DARK, FAINT = "#262a30", "#70767e"  # of letters
 TRAIN_COLOR, VAL_COLOR = "#3778b8", "#d1662a"
 WIDTH = 1280  # of the report, in pixels
 GAP = 8
@@ -45,10 +45,10 @@ FIRST_COLORS = [
     (204, 121, 167), (136, 34, 85), (153, 153, 51), (51, 34, 136), (221, 221, 221),
 ]  # fmt: skip
 
-CURVES = {  # title of a plot: its lines, by label, and their columns in log.csv
-    "Loss": {"train": "train_loss", "validation": "val_loss"},
-    "Validation scores": {"mean IoU": "mean_iou", "mean Dice": "mean_dice"},
-    "Learning rate": {"used": "learning_rate"},
+CURVES = {  # title of a plot: its lines, by column in log.csv, and their labels
+    "Loss": {"train_loss": "train", "val_loss": "validation"},
+    "Validation scores": {"mean_iou": "mean IoU", "mean_dice": "mean Dice"},
+    "Learning rate": {"learning_rate": "used"},
 }
 
 
@@ -202,8 +202,8 @@ def draw_report(
             heading = _join([_line(f"{words} validation pictures", 584, 16, bold=True)], margin=(GAP, GAP))
             halves.append(_join([heading, sample_panels(half, classes, 140, legend=False)], gap=0))
     if halves:
-        parts.append(_join(halves, across=True, gap=32, margin=(24, 0)))
-        parts.append(_legend(classes, WIDTH, 15, [truth for _, truth, *_ in samples], 32))
+        legend = _legend(classes, WIDTH - 48, 15, [truth for _, truth, *_ in samples])
+        parts.append(_join([_join(halves, across=True, gap=32), legend], margin=(24, 0)))
     return _join(parts, gap=4)
 
 
@@ -217,13 +217,11 @@ def _render(width: int, height: int, draw: Callable) -> Image.Image:
     from matplotlib.figure import Figure
 
     style = {
-        "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": DARK, "axes.labelcolor": FAINT,
-        "axes.edgecolor": "#c4c8cd", "axes.spines.top": False, "axes.spines.right": False,
-        "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 9,
-        "axes.grid": False, "grid.color": "#e8eaed", "axes.axisbelow": True,
-        "xtick.color": "#c4c8cd", "xtick.labelcolor": FAINT,
-        "ytick.color": "#c4c8cd", "ytick.labelcolor": FAINT,
-        "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "text.parse_math": False,
+        "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": DARK, "text.parse_math": False,
+        "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.titlepad": 9,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#c4c8cd",
+        "axes.labelcolor": FAINT, "axes.axisbelow": True, "grid.color": "#e8eaed", "legend.frameon": False,
+        "xtick.color": FAINT, "ytick.color": FAINT,
     }  # fmt: skip
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a class name in a script the font lacks
@@ -240,32 +238,22 @@ def _draw_lines(figure: Any, rows: Rows, plan: Plan) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for axes, (title, lines) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
-        epochs, scored = [1.0, *(row["epoch"] for row in rows)], False
-        if title == "Learning rate":
-            axes.yaxis.set_major_formatter("{x:g}")  # 2e-05, not by a factor that covers the title
-            if plan:
-                axes.plot(*zip(*plan, strict=True), color="#c9ced4", linewidth=3, label="planned")
-                epochs.append(max(epoch for epoch, _ in plan))
-        for label, column in lines.items():
-            color = VAL_COLOR if label in ("validation", "mean Dice") else TRAIN_COLOR
-            points = [(row["epoch"], row.get(column, math.nan)) for row in rows]
-            points = [point for point in points if math.isfinite(point[1])]
-            if not points:
-                continue
-            if column.startswith("mean"):
-                scored, (epoch, best) = True, max(points, key=lambda point: point[1])
+        if plan and title == "Learning rate":
+            axes.plot(*zip(*plan, strict=True), color="#c9ced4", linewidth=3, label="planned")
+        for (column, label), color in zip(lines.items(), (TRAIN_COLOR, VAL_COLOR), strict=False):
+            points = [(row["epoch"], row[column]) for row in rows if math.isfinite(row.get(column, math.nan))]
+            if points and column.startswith("mean"):
+                epoch, best = max(points, key=lambda point: point[1])
                 axes.plot(epoch, best, "o", color=color, markersize=7, markerfacecolor="white", zorder=4)
-                label = f"{label}, best {best:.3f} (epoch {epoch:g})"
+                label += f", best {best:.3f} (epoch {epoch:g})"
             style = "o-" if len(points) <= 40 else "-"
-            axes.plot(*zip(*points, strict=True), style, color=color, markersize=3.2, label=label)
+            axes.plot(*np.reshape(points, (-1, 2)).T, style, color=color, markersize=3.2, label=label)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set(title=title, xlabel="epoch", xlim=(-0.03 * max(epochs), 1.03 * max(epochs)))
-        if axes.lines:
-            axes.set_ylim(0, 1.02 if scored else 1.04 * axes.get_ylim()[1])
-            axes.legend(loc="best")
-        else:
-            axes.text(0.5, 0.5, "not measured yet", transform=axes.transAxes, ha="center", color="#9aa0a6")
+        axes.yaxis.set_major_formatter("{x:g}")  # 2e-05, not by a factor that covers the title
+        axes.set(title=title, xlabel="epoch", xlim=(0, None))
+        axes.set_ylim(0, 1.02 if title == "Validation scores" else 1.04 * axes.get_ylim()[1])
+        axes.legend()
 
 
 def _draw_bars(axes: Any, classes: Classes, iou: np.ndarray, dice: np.ndarray) -> None:
@@ -274,17 +262,15 @@ def _draw_bars(axes: Any, classes: Classes, iou: np.ndarray, dice: np.ndarray) -
     if len(iou) > 40:
         order = np.argsort(np.nan_to_num(iou, nan=2))[:40]
         title += f": the 40 lowest of {len(iou)}"
-    few, place = len(order) <= 20, np.arange(len(order))
-    size, thick = 9.5 if few else 8.5, 0.09 * min(4, len(order))
-    axes.barh(place - thick / 2, np.nan_to_num(iou[order]), thick, color=TRAIN_COLOR, label="IoU")
-    axes.barh(place + thick / 2, np.nan_to_num(dice[order]), thick, color="#bcd3e8", label="Dice")
+    place, size = np.arange(len(order)), 9.5 if len(order) <= 20 else 8.5
+    for offset, label, values, color in ((-0.18, "IoU", iou, TRAIN_COLOR), (0.18, "Dice", dice, "#bcd3e8")):
+        axes.barh(place + offset, np.nan_to_num(values[order]), 0.36, color=color, label=label)
     for y, i in enumerate(order):
-        absent = math.isnan(iou[i])
-        words = "n/a" if absent else f"{iou[i]:.3f}" + f"  {dice[i]:.3f}" * few
-        axes.text(1.02, y, words, va="center", fontsize=size, color="#9aa0a6" if absent else DARK)
-    swatches = {"s": 46 if few else 16, "marker": "s", "edgecolor": "#888888", "linewidth": 0.4}
-    colors = [np.array(classes.palette[i]) / 255 for i in order]
-    axes.scatter(np.full(len(order), -0.035), place, color=colors, clip_on=False, **swatches)
+        words = "n/a" if math.isnan(iou[i]) else f"{iou[i]:.3f}  {dice[i]:.3f}"
+        axes.text(1.02, y, words, va="center", fontsize=size)
+    colors = np.array(classes.palette)[order] / 255
+    swatches = {"s": 3.5 * size, "marker": "s", "edgecolor": "#888888", "linewidth": 0.4, "clip_on": False}
+    axes.scatter(np.full(len(order), -0.035), place, color=colors, **swatches)
     labels = [_fitted(classes.names[i], _font(13), 150) for i in order]
     axes.set_yticks(place, labels, fontsize=size, color=DARK)
     axes.tick_params(axis="y", length=0, pad=20)
@@ -297,18 +283,18 @@ def _draw_bars(axes: Any, classes: Classes, iou: np.ndarray, dice: np.ndarray) -
 def _draw_matrix(axes: Any, class_names: Sequence[str], counts: np.ndarray) -> None:
     """Draw the confusion matrix in per cent of each true class; numbers up to 30 classes, names up to 40."""
     totals, classes = counts.sum(1, keepdims=True), len(counts)
-    share = np.divide(100 * counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    share = 100 * counts / np.where(totals > 0, totals, np.nan)
     axes.set_facecolor("#f1f2f4")  # shows through where a class is absent
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     if classes <= 30:
-        for row, column in np.argwhere(np.nan_to_num(share) >= 0.5):
+        place = {"ha": "center", "va": "center", "fontsize": min(10, 190 / classes)}
+        for row, column in np.argwhere(share >= 0.5):
             value = share[row, column]
-            place = {"ha": "center", "va": "center", "fontsize": min(10, 190 / classes)}
             axes.text(column, row, f"{value:.0f}", color="white" if value > 55 else DARK, **place)
     if classes <= 40:
         labels, size = [_fitted(name, _font(13), 95) for name in class_names], min(9.5, 260 / classes)
-        slant = {"rotation": 40 if classes <= 12 else 90, "ha": "right", "va": "center"}
-        axes.set_xticks(range(classes), labels, fontsize=size, rotation_mode="anchor", **slant)
+        slant = {"rotation": 40, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+        axes.set_xticks(range(classes), labels, fontsize=size, **slant)
         axes.set_yticks(range(classes), labels, fontsize=size)
     axes.tick_params(length=0)
     axes.set_anchor("N")
@@ -336,13 +322,10 @@ def _fitted(text: str, font: Any, width: float) -> str:
     return text
 
 
-def _line(
-    text: str, width: int, size: int, color: Any = INK, bold: bool = False, right: bool = False
-) -> Image.Image:
-    """A strip of this width with one line of text, at its left or right end."""
+def _line(text: str, width: int, size: int, color: Any = DARK, bold: bool = False) -> Image.Image:
+    """A strip of this width with one line of text."""
     strip, font = Image.new("RGB", (width, round(1.5 * size)), "white"), _font(size, bold)
-    at, anchor = (width, "rm") if right else (0, "lm")
-    ImageDraw.Draw(strip).text((at, 0.75 * size), _fitted(text, font, width), color, font, anchor=anchor)
+    ImageDraw.Draw(strip).text((0, 0.75 * size), _fitted(text, font, width), color, font, anchor="lm")
     return strip
 
 
@@ -356,25 +339,21 @@ def _tiles(pictures: Sequence[np.ndarray], tile_width: int) -> Image.Image:
     height, width = pictures[0].shape[:2]
     scale = min(tile_width / width, 1.4 * tile_width / height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    how = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX
-    tiles = [Image.new("RGB", (tile_width, size[1]), "white") for _ in pictures]
-    for tile, picture in zip(tiles, pictures, strict=True):
-        tile.paste(Image.fromarray(picture).resize(size, how))
-    return _join(tiles, across=True)
+    border = (0, 0, tile_width - size[0], 0)
+    fitted = [Image.fromarray(picture).resize(size, Image.Resampling.BOX) for picture in pictures]
+    return _join([ImageOps.expand(picture, border, "white") for picture in fitted], across=True)
 
 
-def _legend(
-    classes: Classes, width: int, size: int, truths: Sequence[np.ndarray] = (), margin: int = 0
-) -> Image.Image:
+def _legend(classes: Classes, width: int, size: int, truths: Sequence[np.ndarray] = ()) -> Image.Image:
     """A strip of swatches and names in columns of equal width, with `IGNORED` where truths hold it."""
     entries = list(zip(classes.names, classes.palette, strict=False))
     if not all(_counted(truth, classes.palette, classes.ignore_index).all() for truth in truths):
         entries.append(("ignored", IGNORED))
-    font, margin, row = _font(size), margin or round(0.7 * size), round(1.75 * size)
+    font, margin, row = _font(size), round(0.7 * size), round(1.75 * size)
     room = width - 2 * margin
-    longest = max((font.getlength(_fitted(name, font, math.inf)) for name, _ in entries), default=0)
+    longest = max(font.getlength(_fitted(name, font, math.inf)) for name, _ in entries)
     column = min(room, round(longest + 3.2 * size))
-    columns = max(1, min(len(entries), room // column))
+    columns = room // column
     strip = Image.new("RGB", (width, 2 * margin + row * math.ceil(len(entries) / columns)), "white")
     draw = ImageDraw.Draw(strip)
     for i, (name, color) in enumerate(entries):
@@ -382,7 +361,7 @@ def _legend(
         edge = tuple(int(0.7 * value) for value in color)
         draw.rounded_rectangle((x, y, x + size, y + size), size * 0.18, tuple(color), edge)
         text = _fitted(name, font, column - 2 * size)
-        draw.text((x + 1.5 * size, y + size / 2), text, INK, font, anchor="lm")
+        draw.text((x + 1.5 * size, y + size / 2), text, DARK, font, anchor="lm")
     return strip
 
 
@@ -391,8 +370,8 @@ def _heading(title: str, subtitle: str, scores: Any) -> Image.Image:
     parts = [_join([_line(title, WIDTH - 574, 32, bold=True), _line(subtitle, WIDTH - 574, 15, FAINT)])]
     for name in ("mean IoU", "mean Dice", "pixel accuracy"):
         value = getattr(scores, name.lower().replace(" ", "_"))
-        figure = _line("n/a" if math.isnan(value) else f"{value:.3f}", 162, 32, bold=True, right=True)
-        parts.append(_join([figure, _line(name, 162, 15, FAINT, right=True)]))
+        figure = "n/a" if math.isnan(value) else f"{value:.3f}"
+        parts.append(_join([_line(figure, 162, 32, bold=True), _line(name, 162, 15, FAINT)]))
     return _join(parts, across=True, margin=(32, 16))
 
 
@@ -412,10 +391,10 @@ def _join(
 
 def _rgb(image: np.ndarray) -> np.ndarray:
     """Any uint8 picture as (H, W, 3)."""
-    image = image[..., None] if image.ndim == 2 else image
+    image = np.atleast_3d(image)
     return image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, -1)
 
 
 def _counted(ids: np.ndarray, palette: Palette, ignore_index: int | None) -> np.ndarray:
     """Where ids are classes that count."""
-    return (ids >= 0) & (ids < len(palette)) & (ids != (-1 if ignore_index is None else ignore_index))
+    return (ids >= 0) & (ids < len(palette)) & (ids != ignore_index)
