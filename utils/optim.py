@@ -55,13 +55,18 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build an optimizer over the trainable parameters of `model`.
 
+    Its groups, where they have parameters, are called `head`, `head.no_decay`, `backbone` and
+    `backbone.no_decay` under `name`, and keep the parameters' names under `param_names`.
+
     Args:
         model: on its device already; on a CPU or CUDA device adam and sgd take their fused form.
         name: `adam` (betas 0.9 and 0.999; weight decay is the L2 term of the paper, not AdamW's), `sgd`
             (Nesterov, in torch's form: the velocity does not contain the learning rate), `rmsprop` (alpha
             0.99).
         lr: learning rate of everything but the backbone.
-        weight_decay: on weights of two or more dimensions; norms and biases have none.
+        weight_decay: on weights of two or more dimensions. Vectors (scale and shift of a norm, every bias)
+            have none: pulling them to zero makes no function simpler (He et al., Bag of Tricks, 2019,
+            section 3.1).
         momentum: of sgd and rmsprop; Adam has its first beta instead.
         backbone_lr_scale: factor on the learning rate of the parameters below a module named `backbone`.
 
@@ -69,28 +74,11 @@ def build_optimizer(
         ValueError: unknown name, or nothing to train, in the backbone or at all.
     """
     _one_of("optimizer", name, OPTIMIZERS)
-    groups = parameter_groups(model, lr, weight_decay, backbone_lr_scale)
-    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    return OPTIMIZERS[name](groups, momentum, fused or None)
-
-
-def parameter_groups(
-    model: nn.Module, lr: float, weight_decay: float, backbone_lr_scale: float = 1.0
-) -> list[dict]:
-    """Sort the trainable parameters by learning rate and by weight decay.
-
-    Vectors (scale and shift of a norm, every bias) get no weight decay: pulling them to zero makes no
-    function simpler (He et al., Bag of Tricks, 2019, section 3.1).
-
-    Returns:
-        Up to four groups, called `head`, `head.no_decay`, `backbone`, `backbone.no_decay` under
-        `name`; an optimizer keeps the parameters' names under `param_names`.
-    """
     members = {"head": [], "head.no_decay": [], "backbone": [], "backbone.no_decay": []}
-    for name, parameter in model.named_parameters():
+    for path, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "backbone" if "backbone" in name.split(".") else "head"
-            members[part if parameter.ndim > 1 else f"{part}.no_decay"].append((name, parameter))
+            part = "backbone" if "backbone" in path.split(".") else "head"
+            members[part if parameter.ndim > 1 else f"{part}.no_decay"].append((path, parameter))
     if not any(members.values()):
         raise ValueError(f"no parameter of {type(model).__name__} is trainable. Unfreeze a part")
     if backbone_lr_scale != 1 and not members["backbone"] + members["backbone.no_decay"]:
@@ -98,16 +86,14 @@ def parameter_groups(
             f"backbone_lr_scale {backbone_lr_scale} needs a backbone that is trained; this "
             f"{type(model).__name__} has none. Leave it at 1, or do not freeze the backbone"
         )
-    return [
-        {
-            "params": parameters,
-            "name": name,
-            "lr": lr * (backbone_lr_scale if name.startswith("backbone") else 1),
-            "weight_decay": 0.0 if name.endswith("no_decay") else weight_decay,
-        }
-        for name, parameters in members.items()
-        if parameters
-    ]
+    groups = []
+    for group, parameters in members.items():
+        rate = lr * backbone_lr_scale if group.startswith("backbone") else lr
+        decay = 0.0 if group.endswith("no_decay") else weight_decay
+        if parameters:
+            groups.append({"params": parameters, "name": group, "lr": rate, "weight_decay": decay})
+    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
+    return OPTIMIZERS[name](groups, momentum, fused or None)
 
 
 def _poly(schedule: "Schedule", step: int) -> float:
