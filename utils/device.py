@@ -39,8 +39,7 @@ def keep_freed_memory(largest_weight: int | None = None) -> None:
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device of that name: auto (a GPU, or the CPU), cpu, cuda (GPU number `local_rank`), cuda:1, mps."""
     if name == "auto":
-        mps_or_cpu = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps_or_cpu
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:

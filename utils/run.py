@@ -65,9 +65,8 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
     """Make a run's folder, which no other run gets: `mkdir` is the lock between runs started at once."""
     output_dir.mkdir(parents=True, exist_ok=True)
     name = run_name or time.strftime(f"{model}_%Y-%m-%d_%H-%M-%S")
-    others = [] if run_name else [f"{name}_{number}" for number in range(2, 1000)]
-    for one in (name, *others):
-        folder = output_dir / one
+    for ending in [""] if run_name else ["", *(f"_{number}" for number in range(2, 1000))]:
+        folder = output_dir / f"{name}{ending}"
         with suppress(FileExistsError):
             folder.mkdir()
             return folder
@@ -88,11 +87,11 @@ def find_run(resume: str, output_dir: Path) -> Path:
     """
     if resume == "auto":
         unfinished = [p for p in output_dir.glob("*/last.pt") if not (p.parent / END_MARK).exists()]
-        unfinished = [p for p in unfinished if not is_running(p.parent)]
-        if not unfinished:
-            free = "no unfinished run that is not running" if fcntl else "no unfinished run"
-            raise FileNotFoundError(f"{free} in {output_dir}. Leave resume out to start a new one")
-        return max(unfinished, key=os.path.getmtime).parent
+        free = [p for p in unfinished if not is_running(p.parent)]
+        if not free:
+            found = f"no unfinished run that is not running in {output_dir}"
+            raise FileNotFoundError(f"{found}. Leave resume out to start a new one")
+        return max(free, key=os.path.getmtime).parent
     last = Path(resume) if Path(resume).name == "last.pt" else Path(resume, "last.pt")
     if not last.is_file():
         raise FileNotFoundError(f"no checkpoint at {last}. Give resume an existing run, or leave it out")
@@ -124,14 +123,12 @@ def hold(folder: Path) -> ExitStack:
 
 def is_running(folder: Path) -> bool:
     """Whether another process holds the folder; any number may ask at once, as the processes of a run do."""
-    if fcntl and (folder / LOCK).exists():
+    if fcntl:
         try:
             with open(folder / LOCK) as file:
                 fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+        except OSError as error:  # another: there is no such file, or no lock on this file system
+            return isinstance(error, BlockingIOError)
     return False
 
 
@@ -188,7 +185,7 @@ def format_table(header: list[str], rows: list[list[str]]) -> str:
     lines = []
     for first, *others in [header, *rows]:
         cells = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-        lines.append("  ".join(cells).rstrip())
+        lines.append("  ".join(cells))
     return "\n".join(lines)
 
 
@@ -284,13 +281,13 @@ class Clock:
     def estimate(self, position: int, total: int, epoch_over: bool) -> str:
         """Once, after ten steps or an epoch: how long the steps of the run will take; empty elsewhere."""
         steps, seconds = self.since_first(position)
-        if self._estimated or not steps or not (steps >= 10 or epoch_over):
+        if self._estimated or not steps or (steps < 10 and not epoch_over):
             return ""
         self._estimated = True
         ahead = total - position + steps
         duration = format_time(ahead * seconds / steps)
-        words = f"about {duration} for {ahead} steps, by the pace of {steps} of them; validation comes on top"
-        return f"time       {words}{self.advice()}"
+        pace = f"by the pace of {steps} of them; validation comes on top"
+        return f"time       about {duration} for {ahead} steps, {pace}{self.advice()}"
 
     def share(self, what: str) -> float:
         """Of the time counted so far, 0 to 1."""
@@ -298,15 +295,13 @@ class Clock:
 
     def describe(self) -> str:
         """Shares in percent, with advice where the data is waited for."""
-        shares = [f"{what} {100 * self.share(what):.0f} %" for what in self.seconds]
-        return ", ".join(shares) + self.advice()
+        return ", ".join(f"{what} {100 * self.share(what):.0f} %" for what in self.seconds) + self.advice()
 
     def advice(self) -> str:
         """What to try where over a tenth of the time so far went to waiting for data; empty elsewhere."""
-        if self.share("data") <= 0.1:
-            return ""
-        share = f"{100 * self.share('data'):.0f} % of the time"
-        return f". Data is waited for in {share}: try cache ram or disk, more num_workers, or smaller files"
+        share = self.share("data")
+        remedy = "try cache ram or disk, more num_workers, or smaller files"
+        return f". Data is waited for in {100 * share:.0f} % of the time: {remedy}" if share > 0.1 else ""
 
 
 def multiply_adds(model: nn.Module, picture: Tensor) -> float:
