@@ -111,13 +111,10 @@ def load_fitting(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, str]
 
 
 def _check_plain(value: Any, where: str) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
+    if isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             if type(key) not in (str, int):
                 raise TypeError(f"{where} has the key {key!r}; a checkpoint's are strings or whole numbers")
-            _check_plain(item, f"{where}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for at, item in enumerate(value):
-            _check_plain(item, f"{where}[{at}]")
+            _check_plain(item, f"{where}[{key!r}]")
     elif not (value is None or type(value) in (str, int, float, bool, Tensor)):
         raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors and plain values")
