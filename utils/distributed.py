@@ -105,10 +105,9 @@ def from_main(tensors: dict[str, Tensor]) -> None:
 
 def told_by_main(value: Any) -> Any:
     """The main process's value."""
-    if not dist.is_initialized():
-        return value
     told = [value]
-    dist.broadcast_object_list(told, src=0)
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, src=0)
     return told[0]
 
 

@@ -6,7 +6,6 @@ the network it was made of; a program from elsewhere is never loaded.
 """
 
 import copy
-import importlib
 import importlib.util
 import json
 import warnings
