@@ -142,16 +142,15 @@ def near(word: str, known: Iterable[str]) -> str:
 
 def _split(argv: list[str], hints: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Yield (field, words) a flag; `--no-x` yields the word false for a boolean field x."""
-    flags: list[tuple[str, list[str]]] = []
+    flags: list[list[str]] = []  # each with its words
     for word in argv:
-        flag, equals, value = word.partition("=")
-        if len(flag) > 2 and flag.startswith("--"):
-            flags.append((flag, [value] if equals else []))
-        elif flags and word != "--":
-            flags[-1][1].append(word)
+        if word.startswith("--"):
+            flags.append(word.split("=", 1))
+        elif flags:
+            flags[-1].append(word)
         else:
             raise Fail(f"{word!r} stands alone; settings are given as --name value. --help lists them")
-    for flag, words in flags:
+    for flag, *words in flags:
         name = flag[2:].replace("-", "_")
         plain = name.removeprefix("no_")
         if name not in hints and hints.get(plain) is bool:
@@ -247,18 +246,12 @@ def field_remarks(cls: type) -> dict[str, tuple[str, str]]:
 
     A remark begins behind its field and goes on in the comments below; one after a blank line is a heading.
     """
-    hints, heading, name = get_type_hints(cls), "", ""
-    remarks: dict[str, tuple[str, str]] = {}
-    for line in textwrap.dedent(inspect.getsource(cls)).splitlines():
-        field, comment = re.match(r"    (\w+):", line), re.search(r"  # (.*)", line)
-        if field and field[1] in hints:
-            name = field[1]
-            remarks[name], heading = (heading, ""), ""
-        if comment and name:
-            above, remark = remarks[name]
-            remarks[name] = (above, f"{remark} {comment[1]}".lstrip())
-        elif comment:
-            heading = comment[1]
-        elif not line.strip():
-            name = ""
+    heading, remarks = "", {}
+    source = textwrap.dedent(inspect.getsource(cls))
+    for part in re.split(r"\n    (?=\w+:)", source):  # the first is what stands above all fields
+        field, *below = re.split(r"\n\s*\n", part)
+        name = field.partition(":")[0]
+        remarks[name] = (heading, " ".join(re.findall(r"  # (.*)", field)))
+        headings = re.findall(r"  # (.*)", "\n".join(below))
+        heading = headings[-1] if headings else ""
     return remarks
