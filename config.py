@@ -11,13 +11,12 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any, Literal
 
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
 BACKBONES = {  # model: (its backbones, the one that None stands for)
-    "deeplabv3plus": (("resnet18", "resnet34", "resnet50", "resnet101"), "resnet50"),
-    "pspnet": (("resnet18", "resnet34", "resnet50", "resnet101"), "resnet50"),
-    "fcn": (
-        ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn"),
-        "vgg16_bn",  # without batch normalisation it hardly trains from random weights
-    ),
+    "deeplabv3plus": (RESNETS, "resnet50"),
+    "pspnet": (RESNETS, "resnet50"),
+    "fcn": (VGGS, "vgg16_bn"),  # without batch normalisation it hardly trains from random weights
 }
 
 
@@ -160,28 +159,19 @@ class Config:
         for name in ("data_root", "cache_dir", "pretrained", "init_from", "output_dir", "resume"):
             if getattr(self, name):
                 object.__setattr__(self, name, expanduser(getattr(self, name)))
-        self._check_ranges()
-        self._check_lengths()
-        self._check_pairs()
+        for problem in self._problems():
+            raise ValueError(problem)
 
     def refuse_missing(self) -> None:
         """Refuse a data folder, a run or a file of weights that is not there, before anything slow."""
-        if self.resume:
-            if self.resume != "auto" and not Path(self.resume).exists():
-                raise FileNotFoundError(
-                    f"no run at {self.resume}. Give resume an existing run, or leave it out"
-                )
-            return
-        if not Path(self.data_root).is_dir():
-            raise FileNotFoundError(
-                f"data_root {self.data_root} is not a folder. Give the folder that holds train/ and val/"
-            )
-        for name in ("init_from", "pretrained"):
+        weights = "file of weights"
+        named = {"data_root": "folder of train/ and val/", "init_from": weights, "pretrained": weights}
+        if self.resume:  # which has its own settings
+            named = {"resume": "run"}
+        for name, what in named.items():
             path = getattr(self, name)
-            if path not in (None, "none", "imagenet") and not Path(path).is_file():
-                raise FileNotFoundError(
-                    f"no file of weights at {path}. Give {name} the path of an existing file"
-                )
+            if path not in (None, "none", "imagenet", "auto") and not Path(path).exists():
+                raise FileNotFoundError(f"no {what} at {path}. Give {name} an existing one")
 
     def pick(self, *names: str) -> dict[str, Any]:
         """Some settings by name, to hand on as keyword arguments."""
@@ -252,7 +242,8 @@ class Config:
         values = {name: value for name, value in asdict(self).items() if name not in foreign}
         return {**values, "resume": None, "run_name": None}  # the folder has the name
 
-    def _check_ranges(self) -> None:
+    def _problems(self) -> Iterator[str]:
+        """What cannot be, a line each: values alone, then beside each other."""
         ranges = (  # lowest and highest value, fields
             (0, 1, "hflip vflip color_jitter dropout dice_weight"),
             (0, 0.999999, "momentum ema_decay"),
@@ -271,40 +262,49 @@ class Config:
             for name, value in self.pick(*names.split()).items():
                 if value is not None and not low <= value <= high:
                     wanted = f"{low} or more" if high == inf else f"{low} to {high}"
-                    raise ValueError(f"{name} must be {wanted}; got {value}")
+                    yield f"{name} must be {wanted}; got {value}"
         if min(self.image_size) < 32:
-            raise ValueError(
-                f"image_size must be 32 pixels or more a side; got {self.image_size}. Give height and width"
-            )
+            yield f"image_size must be 32 pixels or more a side; got {self.image_size}. Give height and width"
         low, high = self.scale
         if not 0.1 <= low <= high <= 10:
-            raise ValueError(
-                f"scale must be a low and a high zoom between 0.1 and 10; got {low} {high}. 1 1 turns it off"
-            )
+            wanted = "a low and a high zoom between 0.1 and 10"
+            yield f"scale must be {wanted}; got {low} {high}. 1 1 turns it off"
         if self.run_name and Path(self.run_name).name != self.run_name:
-            raise ValueError(
-                f"run_name must be a plain folder name; got {self.run_name!r}. Give the folder in output_dir"
-            )
+            wanted = "a plain folder name"
+            yield f"run_name must be {wanted}; got {self.run_name!r}. Give the folder in output_dir"
 
-    def _check_lengths(self) -> None:
-        names, colors, weights = self.class_names, self.class_colors, self.class_weights
+        colors, weights, most = self.class_colors, self.class_weights, self.num_classes
         for name, value in self.pick("class_names", "class_colors", "class_weights").items():
-            if value not in (None, "auto") and len(value) != self.num_classes:
-                raise ValueError(
-                    f"{name} must have one entry for each of the {self.num_classes} classes (num_classes); "
-                    f"got {len(value)}. Change it or num_classes, or leave it out (None)"
-                )
-        if names and len(set(names)) < len(names):
-            raise ValueError(f"class_names must differ from each other; got {', '.join(names)}")
+            if value not in (None, "auto") and len(value) != most:
+                wanted = f"one entry for each of the {most} classes (num_classes)"
+                remedy = "Change it or num_classes, or leave it out (None)"
+                yield f"{name} must have {wanted}; got {len(value)}. {remedy}"
+        if len(set(self.names)) < len(self.names):
+            yield f"class_names must differ from each other; got {', '.join(self.names)}"
         if colors and not all(0 <= value <= 255 for color in colors for value in color):
-            raise ValueError(f"class_colors must be red, green, blue of 0 to 255; got {colors}")
+            yield f"class_colors must be red, green, blue of 0 to 255; got {colors}"
         if isinstance(weights, tuple) and not (min(weights) >= 0 and sum(weights) > 0):
-            raise ValueError(f"class_weights must not be negative, and not all 0; got {weights}")
-        if 0 <= self.ignore_index < self.num_classes:
-            raise ValueError(
-                f"ignore_index must be no class id (0 to {self.num_classes - 1}); got {self.ignore_index}. "
-                "255 is usual; the first value after the classes is the other habit"
-            )
+            yield f"class_weights must not be negative, and not all 0; got {weights}"
+        if 0 <= self.ignore_index < most:
+            remedy = "255 is usual; the first value after the classes is the other habit"
+            yield f"ignore_index must be no class id (0 to {most - 1}); got {self.ignore_index}. {remedy}"
+
+        for name, choice, chosen, owners in self._foreign():
+            got, default = getattr(self, name), getattr(type(self), name)
+            if got != default:
+                yield f"{name} belongs to {owners} ({choice}); got {got} with {chosen}. Leave it at {default}"
+        choices = BACKBONES[self.model][0] if self.model in BACKBONES else ()
+        if choices and self.backbone not in (None, *choices):
+            yield f"backbone of {self.model} must be one of {', '.join(choices)}; got {self.backbone!r}"
+        if self.model == "deeplabv3plus" and self.output_stride == 32:
+            yield "output_stride of deeplabv3plus must be 8 or 16; got 32. Leave it out for the paper's 16"
+        if self.batch_size % self.accumulate:
+            remedy = "It is the number of parts that a batch is computed in"
+            yield f"accumulate must divide batch_size ({self.batch_size}); got {self.accumulate}. {remedy}"
+        if self.freeze_backbone and self.pretrained == "none" and not self.init_from:
+            yield "freeze_backbone needs weights worth keeping; got none. Give pretrained or init_from"
+        if self.resume and self.init_from:
+            yield "resume goes on with a run, init_from starts a new one; got both. Leave one out"
 
     def _foreign(self) -> Iterator[tuple[str, str, str, str]]:
         """Settings that the chosen model, loss, optimizer or schedule lacks: (name, what, chosen, owners)."""
@@ -330,32 +330,3 @@ class Config:
         for names, choice, owners in belongs:
             if chosen[choice] not in owners.split(", "):
                 yield from ((name, choice, chosen[choice], owners) for name in names.split())
-
-    def _check_pairs(self) -> None:
-        """Refuse changed settings that the chosen model, loss, optimizer or schedule does not have."""
-        for name, choice, owner, owners in self._foreign():
-            value, default = getattr(self, name), getattr(type(self), name)
-            if value != default:
-                raise ValueError(
-                    f"{name} belongs to {owners} ({choice}); got {value} with {owner}. Leave it at {default}"
-                )
-        choices = BACKBONES[self.model][0] if self.model in BACKBONES else (self.backbone,)
-        if self.backbone is not None and self.backbone not in choices:
-            raise ValueError(
-                f"backbone of {self.model} must be one of {', '.join(choices)}; got {self.backbone!r}"
-            )
-        if self.model == "deeplabv3plus" and self.output_stride == 32:
-            raise ValueError(
-                "output_stride of deeplabv3plus must be 8 or 16; got 32. Leave it out for the paper's 16"
-            )
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate must divide batch_size ({self.batch_size}); got {self.accumulate}. "
-                "It is the number of parts that a batch is computed in"
-            )
-        if self.freeze_backbone and self.pretrained == "none" and not self.init_from:
-            raise ValueError(
-                "freeze_backbone needs weights worth keeping; got none. Give pretrained or init_from"
-            )
-        if self.resume and self.init_from:
-            raise ValueError("resume goes on with a run, init_from starts a new one; got both. Leave one out")
