@@ -332,7 +332,7 @@ def train_one_epoch(run: Run) -> int:
     set_train_mode(run)
     loader = iter(run.loader.epoch(batches, epoch, progress.step))
     with progress_bar(total=len(run.train_set), description=f"Epoch {epoch + 1}") as bar:
-        done = bar.n = bar.initial = sum(sizes[: progress.step])
+        done = seen = bar.n = bar.initial = sum(sizes[: progress.step])
         for step in range(progress.step, len(batches)):
             waiting = time.perf_counter()
             images, masks, _ = next(loader)
@@ -343,29 +343,25 @@ def train_one_epoch(run: Run) -> int:
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + value * sizes[step]
                 bad_step = torch.where((bad_step < 0) & ~torch.isfinite(terms["loss"]), step, bad_step)
-                last = step + 1 == len(batches)
-                due = last or time.monotonic() - shown_at > 0.5
-                if due or run.device.type == "cpu":  # the only wait for the device
-                    refuse_non_finite(run, int(bad_step), batches)
-                if due:
-                    loss = float(sums["loss"]) / sum(sizes[: step + 1])
-                    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-                    shown_at = time.monotonic()
+                progress.step, seen, last = step + 1, seen + sizes[step], step + 1 == len(batches)
+                now = time.monotonic()
+                late = 0 < config.save_every_minutes < (now - run.saved_at) / 60
+                signaled, late = distributed.largest([run.stop.number, late])
+                if signaled or late or last or run.device.type == "cpu" or now - shown_at > 0.5:
+                    refuse_non_finite(run, int(bad_step), batches)  # the only wait for the device
+                    bar.set_postfix_str(f"loss {float(sums['loss']) / seen:.4f}", refresh=False)
+                    shown_at = now
                     said = run.clock.estimate(run.schedule.position, run.schedule.total_steps, last)
                     if said:
                         tqdm.write(said, file=sys.stdout)
             bar.update(sizes[step])
-            progress.step = step + 1
-            minutes = (time.monotonic() - run.saved_at) / 60
-            signaled, late = distributed.largest([run.stop.number, 0 < config.save_every_minutes < minutes])
             if signaled or late:
-                refuse_non_finite(run, int(bad_step), batches)
                 progress.sums = over_processes(run, sums)
                 save_last(run)
                 if signaled:
                     leave(run, signaled)
     progress.sums = over_processes(run, sums)
-    return sum(sizes) - done
+    return seen - done
 
 
 def over_processes(run: Run, sums: dict[str, Tensor]) -> dict[str, float]:
