@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from datasets import DataError, DataReport, check_data
 from datasets.folder import SegmentationDataset
-from datasets.sampling import Loader, epoch_batches, evaluation_shard
+from datasets.sampling import Loader, epoch_batches
 from datasets.transforms import Augmentation, mean_std
 from losses import AuxLoss, build_loss, median_frequency_weights
 from metrics import ConfusionMatrix, Scores, predicted_ids
@@ -463,12 +463,12 @@ def evaluate(run: Run, weights: dict[str, Tensor]) -> Evaluation:
     matrix, one = (ConfusionMatrix(config.num_classes, config.ignore_index, where) for _ in range(2))
     picture_iou = torch.zeros(pictures, dtype=torch.float64, device=where)
     losses = torch.zeros(pictures, device=run.device)
-    indices = evaluation_shard(pictures, run.processes.rank, run.processes.world_size)
-    longest = evaluation_shard(pictures, 0, run.processes.world_size)  # all go round equally often
-    with progress_bar(total=len(indices), description="validation") as bar:
-        for first in range(0, len(longest), config.batch_size):
-            batch = indices[first : first + config.batch_size]
-            for index, (_, _, truth), logits in validation_logits(run, network, batch):
+    rank, world_size = run.processes.rank, run.processes.world_size
+    together = config.batch_size * world_size  # pictures a round; each process goes round equally often
+    with progress_bar(total=pictures, description="validation") as bar:
+        for first in range(0, pictures, together):
+            everyone = range(pictures)[first : first + together]
+            for index, (_, _, truth), logits in validation_logits(run, network, everyone[rank::world_size]):
                 truth = truth[None].to(run.device)
                 one.reset()
                 one.update(predicted_ids(logits), truth)
@@ -479,7 +479,7 @@ def evaluate(run: Run, weights: dict[str, Tensor]) -> Evaluation:
             if signaled:  # validation is done again on resume
                 save_last(run)
                 leave(run, signaled)
-            bar.update(len(batch))
+            bar.update(len(everyone))
     state = matrix.state()
     distributed.sum_over(state, picture_iou, losses)
     matrix.load_state(state)
