@@ -104,8 +104,8 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
         precision = machine.pick_precision(config.amp, device)
         model = build_network(config, fresh=saved is None)
         about = config.pick("num_classes", "ignore_index", "class_colors", "in_channels", "labels")
-        about |= {"class_names": config.names, **config.pick("mask_suffix")}
-        report = check_data(config.data_root, **about, cache_dir=config.cache_folder, progress=progress_bar)
+        about |= config.pick("mask_suffix") | {"class_names": config.names, "cache_dir": config.cache_folder}
+        report = check_data(config.data_root, **about, progress=progress_bar)
     print(report.describe(), flush=True)
     if config.check:
         return Path(config.data_root)
@@ -145,15 +145,15 @@ def build_network(config: Config, fresh: bool) -> nn.Module:
         skipped = files.load_fitting(model, checkpoint.get("ema") or checkpoint["model"])
         own = [*model.state_dict()]
         missing = [name for name in own if name in skipped]
-        remedy = f"Give a checkpoint of {config.model}"
-        if len(missing) == len(own):
-            raise ValueError(
-                f"init_from {config.init_from}: none of its weights fits {config.model}. {remedy}"
-            )
         frozen = [name for name in missing if config.freeze_backbone and name.startswith("backbone.")]
-        if frozen and config.pretrained == "none":
-            found = f"freeze_backbone: {frozen[0]} is not in it, or of another shape"
-            raise ValueError(f"init_from {config.init_from}, {found}. {remedy} with this backbone")
+        problem = ""
+        if len(missing) == len(own):
+            problem = f"none of its weights fits {config.model}"
+        elif frozen and config.pretrained == "none":
+            problem = f"freeze_backbone, but {frozen[0]} is not in it, or of another shape"
+        if problem:
+            remedy = f"Give a checkpoint of {config.model}" + " with this backbone" * bool(frozen)
+            raise ValueError(f"init_from {config.init_from}: {problem}. {remedy}")
         loaded = f"{len(own) - len(missing)} of {len(own)} loaded, {len(skipped)} skipped"
         lines = [f"{name}: {why}" for name, why in skipped.items()]
         print("\n  ".join([f"weights from {config.init_from}: {loaded}", *lines]))
@@ -248,7 +248,7 @@ def start(run: Run) -> None:
     if (run.folder / END_MARK).exists():  # a finished run that was given more epochs
         (run.folder / END_MARK).unlink()
         save_last(run)
-    steps = run.schedule.steps_per_epoch
+    steps, warmup = run.schedule.steps_per_epoch, run.schedule.warmup_steps
     plan = [(step / steps, rate) for step, rate in enumerate(run.schedule.plan(), start=1)]
     run.rate_plan = plan[:: -max(1, len(plan) // 500)]  # backwards, so that the end is there
     files.write_json(run.folder / "config.json", config.saved | {"versions": run_files.versions()})
@@ -265,10 +265,8 @@ def start(run: Run) -> None:
     options = [f"{name} {value}" for name, value in config.model_options.items()]
     loss = [f"{name} {value}" for name, value in config.loss_options.items()]
     height, width = config.image_size
-    epochs = f"{config.epochs} epochs of {run.schedule.steps_per_epoch} steps"
-    device = [machine.describe_device(run.device), str(run.precision).removeprefix("torch.")]
-    if run.processes.world_size > 1:
-        device.append(f"{run.processes.world_size} processes")
+    several = f", {run.processes.world_size} processes" * (run.processes.world_size > 1)
+    device = f"{machine.describe_device(run.device)}, {str(run.precision).removeprefix('torch.')}{several}"
     rows = {
         "data": f"{config.data_root}, {len(run.train_set)} pictures to train, {len(run.val_set)} to validate",
         "classes": f"{config.num_classes}: {', '.join(config.names)}",
@@ -277,8 +275,8 @@ def start(run: Run) -> None:
         "size": f"{parameters / 1e6:.2f} M parameters, {operations / 1e6:,.0f} M multiply-adds a picture",
         "loss": ", ".join([config.loss, *loss]),
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g}, batch {config.batch_size}",
-        "schedule": f"{config.scheduler}, {epochs}, {run.schedule.warmup_steps} steps to warm up",
-        "device": ", ".join(device),
+        "schedule": f"{config.scheduler}, {config.epochs} epochs of {steps} steps, {warmup} steps to warm up",
+        "device": device,
         "folder": run.folder,
     }
     print("\n".join(f"{name:<10} {text}" for name, text in rows.items()), flush=True)
