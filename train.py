@@ -52,36 +52,6 @@ FREE = ("num_workers", "device", "cache", "cache_dir", "save_every_minutes")  # 
 SHOWN = 4  # pictures in a panel of samples/ and in the report
 
 
-class Run:
-    """What the functions of a run share; filled by `build`, changed only by training."""
-
-    config: Config
-    report: DataReport
-    device: torch.device
-    precision: torch.dtype
-    processes: Processes
-    train_set: SegmentationDataset
-    val_set: SegmentationDataset
-    loader: Loader
-    model: nn.Module
-    forward: nn.Module  # the model, its gradients averaged over the processes, compiled if asked for
-    loss_fn: AuxLoss
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    scaler: torch.amp.GradScaler
-    ema: Ema | None
-    mean: list[float]
-    std: list[float]
-    classes: visualize.Classes
-    rate_plan: list[tuple[float, float]]  # (epoch, learning rate) over the run, to draw
-    folder: Path
-    progress: Progress
-    best: "Evaluation | None"  # of best.pt, where this process wrote it
-    clock: Clock
-    stop: StopSignal
-    saved_at: float  # when last.pt was last written, by time.monotonic
-
-
 def main(config: Config, given: dict[str, Any] | None = None) -> Path:
     """Train as `config` says and return the run's folder.
 
@@ -112,7 +82,7 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
     try:
         distributed.join(processes, device)
         with mendable():
-            run = build(config, report, device, precision, model, processes)
+            run = Run(config, report, device, precision, model, processes)
             if saved is not None:
                 run.folder = folder
                 restore_state(run, saved)
@@ -160,77 +130,81 @@ def build_network(config: Config, fresh: bool) -> nn.Module:
     return model
 
 
-def build(
-    config: Config,
-    report: DataReport,
-    device: torch.device,
-    precision: torch.dtype,
-    model: nn.Module,
-    processes: Processes = ONE_PROCESS,
-) -> Run:
-    """Everything a run needs, from its settings, its data and its network; nothing is written yet."""
-    torch.backends.cudnn.benchmark = not config.deterministic
-    torch.use_deterministic_algorithms(config.deterministic)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, at its first use
-    if device.type == "cuda" and precision != torch.float32:
-        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
+class Run:
+    """What the functions of a run share; made once, changed only by training."""
 
-    run = Run()
-    run.config, run.report, run.processes = config, report, processes
-    run.device, run.precision = device, precision
-    shared = config.pick("image_size", "resize", "in_channels", "ignore_index", "seed")
-    shared["encoding"] = report.encoding
-    moves = Augmentation(**config.pick("hflip", "vflip", "scale", "rotate", "color_jitter"))
-    run.train_set = SegmentationDataset(report.train, augmentation=moves, **shared)
-    run.val_set = SegmentationDataset(report.val, evaluation=True, **shared)
-    said = []
-    for data in (run.train_set, run.val_set):
-        said.append(data.use_cache(config.cache, config.cache_folder))
-        data.fill_cache(progress_bar, processes.rank, processes.world_size)
-    print("; validation ".join([said[0], said[1].removeprefix("cache: ")]))
-    workers = config.num_workers
-    if workers is None:  # only for what must be decoded each time while a GPU computes
-        decoded = run.train_set.cache is not None
-        workers = 0 if decoded or device.type == "cpu" else min(8, os.cpu_count() or 1)
-    run.loader = Loader(run.train_set, workers, pin_memory=device.type == "cuda")
-    run.mean, run.std = mean_std(config.in_channels)
-    colors = config.class_colors or visualize.default_palette(config.num_classes)
-    run.classes = visualize.Classes(config.names, [list(color) for color in colors], config.ignore_index)
+    def __init__(
+        self,
+        config: Config,
+        report: DataReport,
+        device: torch.device,
+        precision: torch.dtype,
+        model: nn.Module,
+        processes: Processes = ONE_PROCESS,
+    ) -> None:
+        """Everything a run needs, from its settings, its data and its network; nothing is written yet."""
+        torch.backends.cudnn.benchmark = not config.deterministic
+        torch.use_deterministic_algorithms(config.deterministic)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it at first use
+        if device.type == "cuda" and precision != torch.float32:
+            torch.set_float32_matmul_precision("high")  # what autocast leaves in float32 may use TF32
 
-    machine.keep_freed_memory(max(parameter.nbytes for parameter in model.parameters()))
-    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    if config.freeze_backbone:
-        model.backbone.requires_grad_(False)
-    if config.sync_batchnorm:
-        if device.type != "cuda":
-            raise ValueError(f"sync_batchnorm needs GPUs; got device {device}. Leave it off")
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    run.model = model
-    run.forward = distributed.wrap(model, processes, device)
-    if config.compile:
-        run.forward = torch.compile(run.forward)
-    run.ema = Ema(model, config.ema_decay) if config.ema_decay else None
+        self.config, self.report, self.processes = config, report, processes
+        self.device, self.precision = device, precision
+        shared = config.pick("image_size", "resize", "in_channels", "ignore_index", "seed")
+        shared["encoding"] = report.encoding
+        moves = Augmentation(**config.pick("hflip", "vflip", "scale", "rotate", "color_jitter"))
+        self.train_set = SegmentationDataset(report.train, augmentation=moves, **shared)
+        self.val_set = SegmentationDataset(report.val, evaluation=True, **shared)
+        for split, data in (("training", self.train_set), ("validation", self.val_set)):
+            print(f"{split} {data.use_cache(config.cache, config.cache_folder)}")
+            data.fill_cache(progress_bar, processes.rank, processes.world_size)
+        workers = config.num_workers
+        if workers is None:  # only for what must be decoded each time while a GPU computes
+            decoded = self.train_set.cache is not None
+            workers = 0 if decoded or device.type == "cpu" else min(8, os.cpu_count() or 1)
+        self.loader = Loader(self.train_set, workers, pin_memory=device.type == "cuda")
+        self.mean, self.std = mean_std(config.in_channels)
+        colors = config.class_colors or visualize.default_palette(config.num_classes)
+        self.classes = visualize.Classes(config.names, [list(color) for color in colors], config.ignore_index)
 
-    weights = config.weighting
-    if weights == "auto":
-        weights = median_frequency_weights(report.class_pixels["train"], report.class_image_pixels)
-        print("class weights (median frequency): " + ", ".join(f"{w:.4g}" for w in weights))
-    loss_fn = build_loss(config.loss, config.ignore_index, weights, **config.loss_options)
-    run.loss_fn = AuxLoss(loss_fn, config.aux_weight).to(device)
-    groups = config.pick("weight_decay", "momentum", "backbone_lr_scale")
-    run.optimizer = build_optimizer(model, config.optimizer, config.learning_rate, **groups)
-    run.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    order = (len(run.train_set), config.batch_size, config.seed, 0)
-    steps_per_epoch = len(epoch_batches(*order, processes.rank, processes.world_size))
-    lengths = {"steps_per_epoch": steps_per_epoch, "epochs": config.epochs}
-    options = config.pick("step_size", "step_gamma", "poly_power", "plateau_factor", "plateau_patience")
-    options["warmup_steps"] = min(config.warmup_steps, steps_per_epoch * config.epochs // 2)
-    run.schedule = Schedule(run.optimizer, config.scheduler, **lengths, **options)
+        machine.keep_freed_memory(max(parameter.nbytes for parameter in model.parameters()))
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        model.to(device, memory_format=layout)
+        if config.freeze_backbone:
+            model.backbone.requires_grad_(False)
+        if config.sync_batchnorm:
+            if device.type != "cuda":
+                raise ValueError(f"sync_batchnorm needs GPUs; got device {device}. Leave it off")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model
+        self.forward = distributed.wrap(model, processes, device)  # gradients averaged over the processes
+        if config.compile:
+            self.forward = torch.compile(self.forward)
+        self.ema = Ema(model, config.ema_decay) if config.ema_decay else None
 
-    run.folder, run.progress, run.best, run.clock = Path(), Progress(), None, Clock()
-    run.stop, run.saved_at = StopSignal(quiet=not processes.is_main), time.monotonic()
-    return run
+        weights = config.weighting
+        if weights == "auto":
+            weights = median_frequency_weights(report.class_pixels["train"], report.class_image_pixels)
+            print("class weights (median frequency): " + ", ".join(f"{w:.4g}" for w in weights))
+        loss_fn = build_loss(config.loss, config.ignore_index, weights, **config.loss_options)
+        self.loss_fn = AuxLoss(loss_fn, config.aux_weight).to(device)
+        groups = config.pick("weight_decay", "momentum", "backbone_lr_scale")
+        self.optimizer = build_optimizer(model, config.optimizer, config.learning_rate, **groups)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        order = (len(self.train_set), config.batch_size, config.seed, 0)
+        steps = len(epoch_batches(*order, processes.rank, processes.world_size))
+        options = config.pick("step_size", "step_gamma", "poly_power", "plateau_factor", "plateau_patience")
+        options |= {"warmup_steps": min(config.warmup_steps, steps * config.epochs // 2)}
+        options |= {"steps_per_epoch": steps, "epochs": config.epochs}
+        self.schedule = Schedule(self.optimizer, config.scheduler, **options)
+
+        self.folder, self.progress, self.clock = Path(), Progress(), Clock()
+        self.rate_plan: list[tuple[float, float]] = []  # (epoch, learning rate) over the run, to draw
+        self.best: Evaluation | None = None  # of best.pt, where this process wrote it
+        self.stop = StopSignal(quiet=not processes.is_main)
+        self.saved_at = time.monotonic()  # when last.pt was last written
 
 
 def progress_bar(iterable: Iterable | None = None, total: int | None = None, description: str = "") -> tqdm:

@@ -205,7 +205,7 @@ def our_run(case: Case, folder: Path) -> Any:
     device = pick_device(config.device)
     model = train.build_network(config, fresh=True)
     with redirect_stdout(io.StringIO()):
-        run = train.build(config, report, device, pick_precision(config.amp, device), model)
+        run = train.Run(config, report, device, pick_precision(config.amp, device), model)
     if case.compile_mode:
         run.forward = torch.compile(run.model, mode=case.compile_mode)
     train.set_train_mode(run)

@@ -23,7 +23,7 @@ def score_and_step(config, out, environment):
     report = check_data(config.data_root, num_classes=2)
     distributed.join(processes, torch.device("cpu"))
     model = train.build_network(config, fresh=True)
-    run = train.build(config, report, torch.device("cpu"), torch.float32, model, processes)
+    run = train.Run(config, report, torch.device("cpu"), torch.float32, model, processes)
     found = train.evaluate(run, train.averaged_weights(run))
     run.model.eval()  # batch norm as a fixed scale: its statistics are each process's own
     sums = {}

@@ -384,14 +384,14 @@ def test_a_finished_run_that_is_given_more_epochs_is_unfinished_until_they_are_d
 def test_a_run_begun_without_gradient_scaling_goes_on_with_it(settings, monkeypatch):
     """As one of the CPU's does on a GPU that has fp16 alone."""
     met(monkeypatch, settings(), 4, raising(MemoryError()))
-    built = train.build
+    built = train.Run
 
     def scaled(*args):
         run = built(*args)
         run.scaler = torch.amp.GradScaler("cpu")
         return run
 
-    monkeypatch.setattr(train, "build", scaled)
+    monkeypatch.setattr(train, "Run", scaled)
     folder = train.main(settings(resume="auto"))
     assert read_checkpoint(folder / "last.pt")["scaler"]["scale"] > 0
 

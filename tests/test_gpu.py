@@ -61,7 +61,7 @@ def test_scores_on_the_device_equal_the_cpus(settings):
         config = settings(device=name, amp="off")
         model = train.build_network(config, fresh=True)
         report = train.check_data(config.data_root, num_classes=config.num_classes)
-        run = train.build(config, report, pick_device(name), torch.float32, model)
+        run = train.Run(config, report, pick_device(name), torch.float32, model)
         found.append(train.evaluate(run, {key: value.to(name) for key, value in saved["model"].items()}))
     assert found[0].counts.sum() == found[1].counts.sum()
     assert found[0].scores.mean_iou == pytest.approx(found[1].scores.mean_iou, abs=1e-3)

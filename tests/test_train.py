@@ -429,7 +429,7 @@ def test_accumulation_over_parts_equals_the_whole_batch_without_batch_norm(setti
         config = settings(accumulate=parts, batch_size=4, amp="off", loss="ce", hflip=0.0, clip_grad=0.1)
         report = check_data(config.data_root, num_classes=2)
         model = train.build_network(config, fresh=True)
-        run = train.build(config, report, torch.device("cpu"), torch.float32, model)
+        run = train.Run(config, report, torch.device("cpu"), torch.float32, model)
         run.model.eval()  # batch norm as a fixed scale
         images, masks = run.train_set.batch([(0, index) for index in range(4)])
         masks[0, :20] = 255  # parts of different weight
