@@ -171,7 +171,7 @@ class Config:
         for name, what in named.items():
             path = getattr(self, name)
             if path not in (None, "none", "imagenet", "auto") and not Path(path).exists():
-                raise FileNotFoundError(f"no {what} at {path}. Give {name} an existing one")
+                raise FileNotFoundError(f"no {what} at {path}. Give {name} an existing one, or leave it out")
 
     def pick(self, *names: str) -> dict[str, Any]:
         """Some settings by name, to hand on as keyword arguments."""
