@@ -42,11 +42,12 @@ class Traced:
         self.backbone = getattr(getattr(self.model, "backbone", None), "name", "")
 
     def note(self, key, module, args, output):
-        """Keep the shapes of a module's first input and output, if they are maps."""
+        """Keep the shapes of a module's first input, of several maps put together, and of its output."""
         output = output[0] if isinstance(output, tuple) else output  # logits before auxiliary ones
         for shapes, value in ((self.inputs, args[0]), (self.outputs, output)):
-            if isinstance(value, torch.Tensor) and value.dim() == 4:
-                shapes[key] = value.shape[1], SIDE / value.shape[-1]
+            maps = value if isinstance(value, list) else [value]
+            if maps[0].dim() == 4:
+                shapes[key] = sum(x.shape[1] for x in maps), SIDE / max(x.shape[-1] for x in maps)
 
     def convs(self, key):
         """The convolutions inside a module, in order."""
