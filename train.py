@@ -194,7 +194,7 @@ class Run:
         self.optimizer = build_optimizer(model, config.optimizer, config.learning_rate, **groups)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         order = (len(self.train_set), config.batch_size, config.seed, 0)
-        steps = len(epoch_batches(*order, processes.rank, processes.world_size))
+        steps = len(epoch_batches(*order, processes.world_size))
         options = config.pick("step_size", "step_gamma", "poly_power", "plateau_factor", "plateau_patience")
         options |= {"warmup_steps": min(config.warmup_steps, steps * config.epochs // 2)}
         options |= {"steps_per_epoch": steps, "epochs": config.epochs}
@@ -296,8 +296,9 @@ def train_one_epoch(run: Run) -> int:
     """
     config, progress, epoch = run.config, run.progress, run.progress.epoch
     order = (len(run.train_set), config.batch_size, config.seed, epoch)
-    batches = epoch_batches(*order, run.processes.rank, run.processes.world_size)
-    sizes = [len(batch) for batch in epoch_batches(*order)]  # over all processes
+    rank, world_size = run.processes.rank, run.processes.world_size
+    wholes = epoch_batches(*order, world_size)
+    sizes, batches = [len(whole) for whole in wholes], [whole[rank::world_size] for whole in wholes]
     sums = {name: torch.tensor(value, device=run.device) for name, value in progress.sums.items()}
     bad_step = torch.tensor(-1, device=run.device)  # the first whose loss is not finite
     shown_at = 0.0

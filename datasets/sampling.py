@@ -17,16 +17,15 @@ ORDER = 2**32 - 1  # the place of the order among an epoch's generators, which s
 
 
 def epoch_batches(
-    num_samples: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1
+    num_samples: int, batch_size: int, seed: int, epoch: int, world_size: int = 1
 ) -> list[list[int]]:
-    """The batches of one epoch: every sample once, in an order that all processes share.
+    """The batches of one epoch over all processes: every sample once, in an order that these share.
 
     A last batch of less than half a batch is a poor gradient and starves batch normalisation: it shares the
     samples of the last two batches evenly instead. Where that still leaves fewer samples than processes, it
     joins the batch before.
 
-    `batch_size` counts the samples of one step over all processes, of which each takes every world_size-th,
-    at least one.
+    Process `rank` takes `batch[rank::world_size]` of each, which is at least one sample.
 
     Raises:
         ValueError: fewer samples, or a smaller batch, than processes.
@@ -45,12 +44,7 @@ def epoch_batches(
             ends[-2] = num_samples - tail
         if tail < world_size:
             del ends[-2]
-    return [order[start:end][rank::world_size] for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def evaluation_shard(num_samples: int, rank: int = 0, world_size: int = 1) -> list[int]:
-    """This process's share of a validation set: every sample on one process, once."""
-    return list(range(num_samples))[rank::world_size]
+    return [order[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 class Loader:

@@ -28,8 +28,9 @@ def score_and_step(config, out, environment):
     run.model.eval()  # batch norm as a fixed scale: its statistics are each process's own
     sums = {}
     order = (len(run.train_set), config.batch_size, config.seed, 0)
-    for step, batch in enumerate(epoch_batches(*order, processes.rank, processes.world_size)):
-        images, masks = run.train_set.batch([(0, index) for index in batch])
+    for step, batch in enumerate(epoch_batches(*order, processes.world_size)):
+        own = batch[processes.rank :: processes.world_size]
+        images, masks = run.train_set.batch([(0, index) for index in own])
         terms = train.train_step(run, images, masks, 0, step)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value
