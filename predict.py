@@ -173,8 +173,8 @@ def main(args: Args) -> None:
     started = time.perf_counter()
     try:
         total = predict_all(work)
-    except OSError as error:
-        raise Fail(f"predictions cannot be written: {error}. What was written before is whole", 1) from error
+    except OSError as error:  # the output's, or a truth's
+        raise Fail(f"prediction cannot go on: {error}. What was written before is whole", 1) from error
     try:
         report(work, total, time.perf_counter() - started)
     except OSError as error:
