@@ -62,6 +62,7 @@ def median_frequency_weights(
     image_pixels = np.asarray(class_image_pixels, dtype=np.float64)
     weights = np.ones_like(pixels)
     occurs = pixels > 0
-    frequency = pixels[occurs] / image_pixels[occurs]
-    weights[occurs] = np.median(frequency) / frequency
+    if occurs.any():
+        frequency = pixels[occurs] / image_pixels[occurs]
+        weights[occurs] = np.median(frequency) / frequency
     return weights.tolist()
