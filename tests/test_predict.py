@@ -9,6 +9,7 @@ import sys
 from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import doors
 import numpy as np
@@ -568,6 +569,14 @@ def test_an_output_dir_that_is_no_text_is_refused_where_weights_are_looked_for(t
     monkeypatch.setattr(predict, "Config", SimpleNamespace(output_dir=("runs",)))
     with pytest.raises(Fail, match="output_dir must be text; got .*'runs',"):
         predict.main(Args(output=str(tmp_path / "out")))
+
+
+def test_a_truth_that_vanishes_meanwhile_ends_the_prediction_with_one_line(args, data, monkeypatch):
+    lost = "no such file: masks/07.png"
+    monkeypatch.setattr(predict, "LargeMask", Mock(side_effect=FileNotFoundError(lost)))
+    with pytest.raises(Fail, match=f"cannot go on: {lost}. What was written before is whole") as caught:
+        predict.main(args(input=str(data / "val/images"), truth=str(data / "val/masks")))
+    assert caught.value.code == 1
 
 
 def test_a_table_that_cannot_be_written_is_said_in_one_line_and_the_masks_are_whole(args, tmp_path):
