@@ -164,13 +164,14 @@ class Config:
 
     def refuse_missing(self) -> None:
         """Refuse a data folder, a run or a file of weights that is not there, before anything slow."""
-        weights = "file of weights"
-        named = {"data_root": "folder of train/ and val/", "init_from": weights, "pretrained": weights}
+        weights, words = (Path.is_file, "file of weights"), {"pretrained": ("none", "imagenet")}
+        data = Path.is_dir, "folder of train/ and val/"
+        named = {"data_root": data, "init_from": weights, "pretrained": weights}
         if self.resume:  # which has its own settings
-            named = {"resume": "run"}
-        for name, what in named.items():
+            named, words = {"resume": (Path.exists, "run")}, {"resume": ("auto",)}
+        for name, (is_there, what) in named.items():
             path = getattr(self, name)
-            if path not in (None, "none", "imagenet", "auto") and not Path(path).exists():
+            if path and path not in words.get(name, ()) and not is_there(Path(path)):
                 raise FileNotFoundError(f"no {what} at {path}. Give {name} an existing one, or leave it out")
 
     def pick(self, *names: str) -> dict[str, Any]:

@@ -265,6 +265,8 @@ def test_resuming_with_the_runs_own_size_as_one_number_is_no_contradiction():
     "named",
     [
         {"data_root": "nowhere"},
+        {"data_root": "README.md"},
+        {"init_from": "mock_data"},
         {"resume": "nowhere"},
         {"init_from": "nowhere"},
         {"model": "fcn", "pretrained": "nowhere"},
@@ -273,7 +275,7 @@ def test_resuming_with_the_runs_own_size_as_one_number_is_no_contradiction():
 )
 def test_what_a_setting_names_and_is_not_there_is_refused(named):
     Config(**{name: value for name, value in named.items() if name == "model"}).refuse_missing()
-    with pytest.raises(FileNotFoundError, match=r"nowhere.*Give"):
+    with pytest.raises(FileNotFoundError, match=r"(nowhere|README.md|mock_data)\. Give"):
         Config(**named).refuse_missing()
 
 
