@@ -233,7 +233,7 @@ def check_choice(
     name: str, value: object, choices: Collection[object], remedy: str = "Choose one of these."
 ) -> None:
     """Raise ValueError, with the near name or else the remedy, unless `value` is one of `choices`."""
-    if value not in choices:
+    if value not in list(choices):  # a mistaken list cannot be looked up in a dict
         names = [str(choice) for choice in choices]
         near = difflib.get_close_matches(str(value), names, n=1)
         hint = f"Did you mean {near[0]!r}?" if near else remedy

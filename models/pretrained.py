@@ -100,13 +100,13 @@ def place(given: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
     if model.backbone.name.endswith("_bn") and not any("running_mean" in key for key in given):
         layers = model.backbone.named_modules(prefix="backbone")
         convolutions = [name for name, layer in layers if isinstance(layer, nn.Conv2d)]
-        ours = [f"{name}.{part}" for name in convolutions for part in ("weight", "bias")]
-        plain = [key for key in given if key.startswith("features.")]
-        names = dict(zip(ours, plain, strict=False))  # the n-th convolution of a plain VGG to ours
+        plain = [key for key in given if key.startswith("features.") and key.endswith(".weight")]
+        pairs = list(zip(convolutions, plain, strict=False))  # the n-th convolution of a plain VGG to ours
+        names = {f"{ours}.{p}": key.replace("weight", p) for ours, key in pairs for p in ("weight", "bias")}
     for old, new in getattr(model, "pretrained_names", {}).items():
         names |= {key.replace(old, new, 1): key for key in given if key.startswith(old)}
     state = model.state_dict()
-    return {name: key for name, key in names.items() if name in state}
+    return {name: key for name, key in names.items() if name in state and key in given}
 
 
 def fit_channels(weight: Tensor, in_channels: int) -> Tensor:

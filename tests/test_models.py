@@ -238,6 +238,7 @@ def test_images_that_do_not_fit_are_refused(name):
         ("fcn", 2, {"backbone": "resnet50"}, "backbone must be one of vgg11.*got 'resnet50'"),
         ("deeplabv3plus", 2, {"backbone": "resnet51"}, "Did you mean 'resnet50'?"),
         ("deeplabv3plus", 2, {"output_stride": 32}, "output_stride must be one of 16, 8; got 32"),
+        ("pspnet", 2, {"backbone": ["resnet18"]}, r"backbone must be one of resnet18.*got \['resnet18'\]"),
         ("pspnet", 2, {"backbone": "vgg16"}, "backbone must be one of resnet18.*got 'vgg16'"),
     ],
 )

@@ -150,10 +150,11 @@ def test_a_first_convolution_on_rgb_is_adapted_to_other_channels(path, in_channe
         torch.testing.assert_close(model.backbone.conv1.weight[:, index], wanted)
 
 
-@pytest.mark.parametrize("bn", ["", "_bn"])
-def test_segnet_takes_vgg16_with_and_without_batch_norm(path, bn):
+@pytest.mark.parametrize(("bn", "biases_first"), [("", False), ("", True), ("_bn", False)])
+def test_segnet_takes_vgg16_with_and_without_batch_norm(path, bn, biases_first):
     torch.manual_seed(0)
     source = VGG(f"vgg16{bn}").state_dict()
+    source = dict(sorted(source.items(), key=lambda item: biases_first and item[1].dim()))
     torch.save(source, path)
     model = build_model("segnet", 2)
     report = load_pretrained(model, path)
