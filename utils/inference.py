@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from utils.device import cpu_has_amx
 from utils.winograd import use_winograd
@@ -209,7 +209,9 @@ def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
         handle.remove()
     names = {module: name for name, module in model.named_modules()}
     for conv, norm in pairs:
-        model.set_submodule(names[conv], fuse_conv_bn_eval(conv, norm))
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
         model.set_submodule(names[norm], nn.Identity())
     return model.requires_grad_(False)
 
