@@ -30,8 +30,8 @@ class Adam(torch.optim.Adam):
 
 
 def _as_stored(x: Tensor) -> Tensor:
-    """A view of a channels_last tensor (N, C, H, W) as (N, H, W, C); any other as it is."""
-    stored = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    """A view of a CPU's channels_last tensor (N, C, H, W) as (N, H, W, C); any other as it is."""
+    stored = x.is_cpu and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x.permute(0, 2, 3, 1) if stored else x
 
 
