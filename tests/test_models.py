@@ -14,7 +14,14 @@ from torch import nn
 from models import FCN, MODELS, DeepLabV3Plus, PSPNet, SegNet, UNet, build_model
 from models.backbones import VGGS
 from models.fcn import Score
-from models.layers import AtrousConv2d, AveragePool2d, MergingConv2d, PooledBatchNorm2d, SeparableConvBNReLU
+from models.layers import (
+    AtrousConv2d,
+    AtrousDepthwise,
+    AveragePool2d,
+    MergingConv2d,
+    PooledBatchNorm2d,
+    SeparableConvBNReLU,
+)
 
 ROOT = Path(__file__).parent.parent
 SMALL = {  # cheap settings; a network without an entry is tested with its defaults
@@ -281,6 +288,42 @@ def test_taps_that_see_padding_alone_are_left_out_without_a_trace(groups, size):
     theirs.square().sum().backward()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(conv.weight.grad, whole.grad)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("size", "dilation"), [((12, 12), 3), ((13, 17), 6), ((7, 3), 6), ((5, 20), 12)])
+def test_a_depthwise_atrous_convolution_is_torchs(size, dilation, layout):
+    torch.manual_seed(0)
+    conv, x = AtrousConv2d(4, 4, dilation, groups=4).double(), torch.rand(2, 4, *size).double()
+    conv.bias = nn.Parameter(torch.rand(4).double())
+    x, again = (x.contiguous(memory_format=layout).requires_grad_() for _ in range(2))
+    weight = conv.weight.detach().clone().requires_grad_()
+    ours = conv(x)
+    theirs = nn.functional.conv2d(again, weight, conv.bias, padding=dilation, dilation=dilation, groups=4)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for one, other in ((ours, theirs), (x.grad, again.grad), (conv.weight.grad, weight.grad)):
+        torch.testing.assert_close(one, other)
+    assert torch.autograd.gradcheck(lambda x, weight: AtrousDepthwise.apply(x, weight, dilation), (x, weight))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (32, 32), (48, 33)])
+def test_the_gradients_of_a_depthwise_atrous_convolution_are_right_in_bf16(size):
+    """Those of torch's own weights (2.14, on a CPU) are not from 32 x 32 on."""
+    torch.manual_seed(0)
+    conv = AtrousConv2d(32, 32, dilation=6, groups=32)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        x, grad = (torch.randn(2, 32, *size).to(memory_format=torch.channels_last) for _ in range(2))
+        x, grad = x.requires_grad_(), grad.to(torch.bfloat16 if enabled else torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            conv(x).backward(grad)
+        found.append((x.grad, conv.weight.grad))
+        conv.weight.grad = None
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert (one - other).norm() < 0.01 * one.norm()
 
 
 @pytest.mark.parametrize("fine", [0, 2])
