@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .layers import ConvBNReLU, check_images, check_numbers, init_weights, pad_end
+from .layers import ConvBNReLU, Upsample, check_images, check_numbers, init_weights, pad_end
 
 
 class DoubleConv(nn.Sequential):
@@ -20,7 +20,7 @@ class Up(nn.Module):
     def __init__(self, in_channels: int, skip_channels: int, out_channels: int, bilinear: bool) -> None:
         super().__init__()
         if bilinear:
-            self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+            self.up = Upsample()
             self.conv = DoubleConv(in_channels + skip_channels, out_channels, in_channels)
         else:
             self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, kernel_size=2, stride=2)

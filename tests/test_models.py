@@ -21,6 +21,8 @@ from models.layers import (
     MergingConv2d,
     PooledBatchNorm2d,
     SeparableConvBNReLU,
+    Upsample,
+    resize,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -324,6 +326,18 @@ def test_the_gradients_of_a_depthwise_atrous_convolution_are_right_in_bf16(size)
     for one, other in zip(*found, strict=True):
         assert one.dtype == other.dtype == torch.float32
         assert (one - other).norm() < 0.01 * one.norm()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_resized_map_among_others_has_torchs_gradient(layout):
+    torch.manual_seed(0)
+    coarse, again = (torch.rand(2, 3, 4, 5).to(memory_format=layout).requires_grad_() for _ in range(2))
+    again.data.copy_(coarse.data)
+    fine, factor = (torch.rand(2, each, 8, 10).to(memory_format=layout) for each in (2, 8))
+    theirs = nn.functional.interpolate(again, scale_factor=2, mode="bilinear")
+    (torch.cat([resize(coarse, like=fine), fine, Upsample()(coarse)], dim=1) * factor).sum().backward()
+    (torch.cat([theirs, fine, theirs], dim=1) * factor).sum().backward()
+    torch.testing.assert_close(coarse.grad, again.grad)
 
 
 @pytest.mark.parametrize("fine", [0, 2])
