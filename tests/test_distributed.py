@@ -64,8 +64,10 @@ def test_two_processes_score_and_step_as_one_does(settings, tmp_path):
         assert torch.allclose(value.float(), two["model"][name].float(), atol=1e-4), name
 
 
-def test_ctrl_c_on_torchrun_saves_and_one_process_says_how_to_go_on(data, tmp_path):
-    launch = "--nproc_per_node 2 --rdzv_backend c10d --rdzv_endpoint localhost:0 train.py"
+def test_ctrl_c_on_the_readmes_torchrun_saves_and_one_process_says_how_to_go_on(data, tmp_path):
+    launch = "--rdzv_backend c10d --rdzv_endpoint localhost:0 --nproc_per_node 2 train.py"
+    readme = (doors.ROOT / "README.md").read_text(encoding="utf-8")
+    assert "\ntorchrun --nproc_per_node 2 train.py\n" in readme
     small = "--num_classes 2 --image_size 32 --base_channels 4 --batch_size 4 --cache off --num_workers 1"
     run = f"--data_root {data} --output_dir {tmp_path}/runs --run_name run --epochs 10000"
     command = [importlib.util.find_spec("torch.distributed.run").origin, *f"{launch} {small} {run}".split()]
