@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from config import Config
 from models import build_model, layers
-from models.layers import AtrousConv2d, MergingConv2d, concatenated
+from models.layers import AtrousConv2d, InnerConv2d, MergingConv2d, concatenated
 from utils.device import keep_freed_memory
 from utils.run import multiply_adds
 
@@ -126,7 +126,8 @@ def compute_whole() -> None:
     def merge(conv: MergingConv2d, maps: list[Tensor]) -> Tensor:
         return nn.Conv2d.forward(conv, concatenated(maps, conv.fine))
 
-    AtrousConv2d.forward, MergingConv2d.forward = nn.Conv2d.forward, merge
+    InnerConv2d.forward = AtrousConv2d.forward = nn.Conv2d.forward
+    MergingConv2d.forward = merge
     layers._resized_back_fast = lambda x: x
 
 
@@ -135,7 +136,7 @@ def floating_point_work(case: Case) -> int:
 
     Torch's own count of the backward pass is several times too high for grouped convolutions.
     """
-    whole = mock.patch.object(AtrousConv2d, "forward", nn.Conv2d.forward)
+    whole = mock.patch.object(InnerConv2d, "forward", nn.Conv2d.forward)
     with whole, torch.device("meta"):
         forward = multiply_adds(case.build(), torch.empty(case.batch, 3, case.size, case.size))
     return round(3 * 2 * forward)

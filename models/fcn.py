@@ -5,7 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import VGG
-from .layers import check_choice, check_images, check_numbers, crop, init_scores, init_weights
+from .layers import (
+    InnerConv2d,
+    check_choice,
+    check_images,
+    check_numbers,
+    crop,
+    init_scores,
+    init_weights,
+)
 
 FC_CHANNELS = 4096
 VARIANTS = {"8s": 8, "16s": 16, "32s": 32}  # stride of the finest scores
@@ -95,7 +103,7 @@ class FCN(nn.Module):
         self.variant = variant
         self.backbone = VGG(backbone, in_channels, round_up=True)
         _, _, pool3_channels, pool4_channels, pool5_channels = self.backbone.out_channels
-        self.fc6 = nn.Conv2d(pool5_channels, FC_CHANNELS, kernel_size=7, padding=3)
+        self.fc6 = InnerConv2d(pool5_channels, FC_CHANNELS, kernel_size=7, padding=3)
         self.fc7 = nn.Conv2d(FC_CHANNELS, FC_CHANNELS, kernel_size=1)
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout)

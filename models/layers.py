@@ -67,11 +67,30 @@ class PooledConvBNReLU(nn.Sequential):
         )
 
 
-class AtrousConv2d(nn.Conv2d):
+class InnerConv2d(nn.Conv2d):
+    """A convolution that keeps height and width, without the taps that see padding alone.
+
+    Of a kernel that is larger than its map these are many, and torch's gradient of their weights is wrong in
+    bfloat16 on a CPU (2.14; 7x7 on maps of one or two rows). Result and gradients are those of all taps.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve (N, in_channels, H, W)."""
+        middle, apart = self.kernel_size[0] // 2, self.dilation[0]
+        if not torch.compiler.is_exporting():  # an exported graph must not branch on a size
+            down, across = (min(middle, (side - 1) // apart) for side in x.shape[-2:])
+            if min(down, across) < middle:
+                rows, columns = (slice(middle - seen, middle + seen + 1) for seen in (down, across))
+                padding = down * apart, across * apart
+                return F.conv2d(
+                    x, self.weight[:, :, rows, columns], self.bias, 1, padding, apart, self.groups
+                )
+        return super().forward(x)
+
+
+class AtrousConv2d(InnerConv2d):
     """A 3x3 convolution with its taps `dilation` positions apart, padded to keep height and width.
 
-    On a map no larger than the dilation every tap but the middle one sees padding alone; the middle one is
-    then computed by itself. Result and gradients are the same (zero for the others), at a ninth of the work.
     One channel a group goes by `AtrousDepthwise` on a CPU.
     """
 
@@ -80,18 +99,15 @@ class AtrousConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, in_channels, H, W)."""
-        dilation = self.dilation[0]
-        if torch.compiler.is_exporting() or dilation == 1:
+        is_depthwise = x.is_cpu and self.groups == self.in_channels == self.out_channels
+        is_plain = torch.compiler.is_exporting() or not 1 < self.dilation[0] < max(x.shape[-2:])
+        if is_plain or not is_depthwise:
             return super().forward(x)
-        if dilation >= max(x.shape[-2:]):
-            return F.conv2d(x, self.weight[:, :, 1:2, 1:2], self.bias, groups=self.groups)
-        if x.is_cpu and self.groups == self.in_channels == self.out_channels:
-            weight = self.weight
-            if torch.is_autocast_enabled("cpu"):
-                x, weight = (each.to(torch.get_autocast_dtype("cpu")) for each in (x, weight))
-            x = AtrousDepthwise.apply(x, weight, dilation)
-            return x if self.bias is None else x + self.bias[:, None, None]
-        return super().forward(x)
+        weight = self.weight
+        if torch.is_autocast_enabled("cpu"):
+            x, weight = (each.to(torch.get_autocast_dtype("cpu")) for each in (x, weight))
+        x = AtrousDepthwise.apply(x, weight, self.dilation[0])
+        return x if self.bias is None else x + self.bias[:, None, None]
 
 
 class AtrousDepthwise(torch.autograd.Function):

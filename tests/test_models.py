@@ -18,6 +18,7 @@ from models.layers import (
     AtrousConv2d,
     AtrousDepthwise,
     AveragePool2d,
+    InnerConv2d,
     MergingConv2d,
     PooledBatchNorm2d,
     SeparableConvBNReLU,
@@ -279,13 +280,21 @@ def test_separable_deeplab_has_no_other_3x3_outside_its_backbone():
     assert all(kernel.groups == kernel.in_channels for kernel in kernels)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("size", [(5, 5), (4, 6), (6, 3), (7, 5)])
-def test_taps_that_see_padding_alone_are_left_out_without_a_trace(groups, size):
+@pytest.mark.parametrize(
+    ("make", "padding", "dilation", "groups"),
+    [
+        (lambda: AtrousConv2d(4, 8, dilation=6), 6, 6, 1),
+        (lambda: AtrousConv2d(4, 8, dilation=6, groups=4), 6, 6, 4),
+        (lambda: InnerConv2d(4, 8, 7, padding=3), 3, 1, 1),
+    ],
+)
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (5, 5), (4, 6), (6, 3), (7, 5)])
+def test_taps_that_see_padding_alone_are_left_out_without_a_trace(make, padding, dilation, groups, size):
     torch.manual_seed(0)
-    conv, x = AtrousConv2d(4, 8, dilation=6, groups=groups).double(), torch.rand(2, 4, *size).double()
+    conv, x = make().double(), torch.rand(2, 4, *size).double()
     whole = conv.weight.detach().clone().requires_grad_()
-    ours, theirs = conv(x), nn.functional.conv2d(x, whole, padding=6, dilation=6, groups=groups)
+    ours = conv(x)
+    theirs = nn.functional.conv2d(x, whole, conv.bias, 1, padding, dilation, groups)
     ours.square().sum().backward()
     theirs.square().sum().backward()
     torch.testing.assert_close(ours, theirs)
@@ -310,16 +319,27 @@ def test_a_depthwise_atrous_convolution_is_torchs(size, dilation, layout):
         assert torch.autograd.gradcheck(AtrousDepthwise.apply, (x, weight, dilation))
 
 
-@pytest.mark.parametrize("size", [(16, 16), (32, 32), (48, 33)])
-def test_the_gradients_of_a_depthwise_atrous_convolution_are_right_in_bf16(size):
-    """Those of torch's own weights (2.14, on a CPU) are not from 32 x 32 on."""
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: AtrousConv2d(32, 32, dilation=6, groups=32), (16, 16)),
+        (lambda: AtrousConv2d(32, 32, dilation=6, groups=32), (32, 32)),
+        (lambda: AtrousConv2d(32, 32, dilation=6, groups=32), (5, 33)),
+        (lambda: InnerConv2d(512, 64, 7, padding=3), (2, 2)),
+        (lambda: InnerConv2d(512, 64, 7, padding=3), (1, 4)),
+    ],
+)
+def test_the_gradients_of_a_convolution_are_right_in_bf16(make, size):
+    """Torch's own (2.14, on a CPU) are wrong for some of these weights: what lay there before."""
     torch.manual_seed(0)
-    conv = AtrousConv2d(32, 32, dilation=6, groups=32)
-    found = []
+    conv, found = make(), []
     for enabled in (False, True):
         torch.manual_seed(1)
-        x, grad = (torch.randn(2, 32, *size).to(memory_format=torch.channels_last) for _ in range(2))
+        shapes = (2, conv.in_channels, *size), (2, conv.out_channels, *size)
+        x, grad = (torch.randn(shape).to(memory_format=torch.channels_last) for shape in shapes)
         x, grad = x.requires_grad_(), grad.to(torch.bfloat16 if enabled else torch.float32)
+        kept = [torch.full_like(conv.weight, 1e9) for _ in range(4)]
+        del kept  # for the gradient to lie on
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             conv(x).backward(grad)
         found.append((x.grad, conv.weight.grad))
