@@ -5,15 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import VGG
-from .layers import (
-    InnerConv2d,
-    check_choice,
-    check_images,
-    check_numbers,
-    crop,
-    init_scores,
-    init_weights,
-)
+from .layers import InnerConv2d, check_choice, check_images, check_numbers, crop, init_scores, init_weights
 
 FC_CHANNELS = 4096
 VARIANTS = {"8s": 8, "16s": 16, "32s": 32}  # stride of the finest scores

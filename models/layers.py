@@ -81,10 +81,8 @@ class InnerConv2d(nn.Conv2d):
             down, across = (min(middle, (side - 1) // apart) for side in x.shape[-2:])
             if min(down, across) < middle:
                 rows, columns = (slice(middle - seen, middle + seen + 1) for seen in (down, across))
-                padding = down * apart, across * apart
-                return F.conv2d(
-                    x, self.weight[:, :, rows, columns], self.bias, 1, padding, apart, self.groups
-                )
+                weight, padding = self.weight[:, :, rows, columns], (down * apart, across * apart)
+                return F.conv2d(x, weight, self.bias, 1, padding, apart, self.groups)
         return super().forward(x)
 
 
