@@ -71,7 +71,8 @@ class InnerConv2d(nn.Conv2d):
     """A convolution that keeps height and width, without the taps that see padding alone.
 
     Of a kernel that is larger than its map these are many, and torch's gradient of their weights is wrong in
-    bfloat16 on a CPU (2.14; 7x7 on maps of one or two rows). Result and gradients are those of all taps.
+    bfloat16 on a CPU (2.10 to 2.14; 7x7 on maps of one or two rows). Result and gradients are those of all
+    taps.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,8 +112,8 @@ class AtrousConv2d(InnerConv2d):
 class AtrousDepthwise(torch.autograd.Function):
     """A 3x3 convolution of each channel by itself, with its taps `dilation` positions apart.
 
-    Torch's own on CPUs (2.14) is up to ten times slower, and in bfloat16 the gradient of its weights is wrong
-    without a word, up to 1e36, on channels_last maps of 32 x 32 and more.
+    Torch's own on CPUs (2.10 to 2.14) is up to ten times slower, and in bfloat16 the gradient of its weights
+    is wrong without a word, up to 1e36, on channels_last maps of 32 x 32 and more.
     """
 
     @staticmethod

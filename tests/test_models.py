@@ -330,7 +330,7 @@ def test_a_depthwise_atrous_convolution_is_torchs(size, dilation, layout):
     ],
 )
 def test_the_gradients_of_a_convolution_are_right_in_bf16(make, size):
-    """Torch's own (2.14, on a CPU) are wrong for some of these weights: what lay there before."""
+    """Torch's own (2.10 to 2.14, on a CPU) are wrong for some of these weights: what lay there before."""
     torch.manual_seed(0)
     conv, found = make(), []
     for enabled in (False, True):
