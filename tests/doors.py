@@ -26,9 +26,9 @@ def fork(call, arguments, log):
     return process
 
 
-def start(words, folder, log):
-    """Start `python WORDS` in `folder`, likewise."""
-    return fork(_door, (list(words), str(folder)), log)
+def start(words, folder, log, **environment):
+    """Start `python WORDS` in `folder`, likewise, with more in its environment."""
+    return fork(_door, (list(words), str(folder), environment), log)
 
 
 def run(words, folder, log):
@@ -47,7 +47,8 @@ def _printing_to(log, call, arguments):
     call(*arguments)
 
 
-def _door(words, folder):
+def _door(words, folder, environment):
+    os.environ.update(environment)
     os.chdir(folder)
     sys.path.insert(0, folder)  # where a door finds its rooms
     sys.argv = words

@@ -79,7 +79,7 @@ def run_torchrun(command, folder):
         command = re.sub(r"--rdzv_endpoint \S+", f"--rdzv_endpoint localhost:{port}", command)
     words = [find_spec("torch.distributed.run").origin, *command.split()[1:], "--device", "cpu"]
     logs = [folder / f"printed_{machine}" for machine in range(machines)]
-    started = [doors.start(words, folder, log) for log in logs]
+    started = [doors.start(words, folder, log, OMP_NUM_THREADS="1") for log in logs]
     for process in started:
         process.join(300)
     printed, errors = ("".join(Path(f"{log}.{end}").read_text() for log in logs) for end in ("out", "err"))
