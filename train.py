@@ -17,6 +17,7 @@ def read_flags() -> Parsed:
 if __name__ == "__main__":  # before torch is imported, so that --help and wrong settings are answered at once
     PARSED = end_with(read_flags)
 
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -169,7 +170,9 @@ class Run:
         colors = config.class_colors or visualize.default_palette(config.num_classes)
         self.classes = visualize.Classes(config.names, [list(color) for color in colors], config.ignore_index)
 
-        machine.keep_freed_memory(max(parameter.nbytes for parameter in model.parameters()))
+        together = config.batch_size // (config.accumulate * processes.world_size)
+        largest = max(parameter.nbytes for parameter in model.parameters())
+        machine.keep_freed_memory(largest, together * math.prod(config.image_size))
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model.to(device, memory_format=layout)
         if config.freeze_backbone:

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import os
 import shutil
+import sys
 
+import doors
 import numpy as np
 import pytest
 import torch
@@ -163,3 +165,25 @@ def test_a_compiled_network_learns_as_well_and_its_weights_keep_their_names(lear
     assert abs(plain.iou - found.iou) < 0.03
     assert found.run.forward is not found.run.model
     assert found.best.keys() == plain.best.keys()
+
+
+FAULTS = """
+import resource, sys, torch
+from utils.device import keep_freed_memory
+keep_freed_memory()
+keep_freed_memory(2**20, int(sys.argv[1]))
+total = [0] * 9
+for step in range(9):
+    torch.ones(2**25)  # 128 MiB
+    total[step] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(min(after - before for before, after in zip(total, total[1:])))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize(("pixels", "kept"), [(4 * 256 * 256, True), (1024 * 1024, False)])
+def test_freed_memory_is_kept_but_for_the_maps_of_large_pictures(pixels, kept, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(FAULTS)
+    _, faults, errors = doors.run([str(script), str(pixels)], doors.ROOT, tmp_path / "log")
+    assert (int(faults) < 100) is kept, errors

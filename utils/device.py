@@ -9,17 +9,19 @@ from pathlib import Path
 
 import torch
 
-MAPPED = 100 * 2**20  # bytes; four pictures of 256 x 256 have no map as large
+MAPPED = 100 * 2**20  # bytes
+MAP = 64 * 2  # bytes a pixel: the finest maps have 64 channels of 16 bits
 
 
-def keep_freed_memory(largest_weight: int | None = None) -> None:
+def keep_freed_memory(largest_weight: int = 0, pixels: int = 0) -> None:
     """Let glibc keep freed memory instead of handing it back and faulting it in again at every step.
 
     Large tensors are otherwise mapped and unmapped by the kernel at each use. To be called before the first
-    large tensor; does nothing where the C library is another one. Once the network is there, `largest_weight`
-    (bytes) gives back to the kernel what is above it and above `MAPPED`: feature maps of large pictures, for
-    which kept memory has no holes of their size, so that the heap grows by a fifth. A weight stays below, as
-    its gradient would be mapped anew at every step, however small the pictures.
+    large tensor; does nothing where the C library is another one. Once the network is there, it is told the
+    bytes of its largest weight and the pixels that are computed together. Where these have maps above
+    `MAPPED`, what is above it and above the weight goes back to the kernel: of such maps the kept memory has
+    no holes of their size, so that the heap grows by a fifth. A weight stays below, as its gradient would be
+    mapped anew at every step; and with fewer pixels so does all else, as oneDNN's room for its sums.
     """
     if sys.platform != "linux" or "MALLOC_CONF" in os.environ or "LD_PRELOAD" in os.environ:
         return  # another allocator may be in charge
@@ -29,7 +31,7 @@ def keep_freed_memory(largest_weight: int | None = None) -> None:
         return
     trim_threshold, top_pad, mmap_threshold, mmap_max = -1, -2, -3, -4  # names in malloc.h
     mapped = 0
-    if largest_weight is not None:  # older versions refuse so high a threshold: 0
+    if pixels * MAP > MAPPED:  # older versions refuse so high a threshold: 0
         mapped = mallopt(mmap_threshold, min(max(MAPPED, largest_weight + 2**20), 2**31 - 1))
     mallopt(mmap_max, 2**16 if mapped else 0)
     mallopt(trim_threshold, 2**31 - 1)
