@@ -95,7 +95,7 @@ class FCN(nn.Module):
         self.variant = variant
         self.backbone = VGG(backbone, in_channels, round_up=True)
         _, _, pool3_channels, pool4_channels, pool5_channels = self.backbone.out_channels
-        self.fc6 = InnerConv2d(pool5_channels, FC_CHANNELS, kernel_size=7, padding=3)
+        self.fc6 = InnerConv2d(pool5_channels, FC_CHANNELS, kernel=7)
         self.fc7 = nn.Conv2d(FC_CHANNELS, FC_CHANNELS, kernel_size=1)
         self.relu = nn.ReLU(inplace=True)
         self.dropout = nn.Dropout(dropout)

@@ -68,12 +68,24 @@ class PooledConvBNReLU(nn.Sequential):
 
 
 class InnerConv2d(nn.Conv2d):
-    """A convolution that keeps height and width, without the taps that see padding alone.
+    """A convolution padded to keep height and width, without the taps that see padding alone.
 
     Of a kernel that is larger than its map these are many, and torch's gradient of their weights is wrong in
     bfloat16 on a CPU (2.10 to 2.14; 7x7 on maps of one or two rows). Result and gradients are those of all
     taps.
     """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        padding = kernel // 2 * dilation
+        super().__init__(in_channels, out_channels, kernel, 1, padding, dilation, groups, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, in_channels, H, W)."""
@@ -88,19 +100,18 @@ class InnerConv2d(nn.Conv2d):
 
 
 class AtrousConv2d(InnerConv2d):
-    """A 3x3 convolution with its taps `dilation` positions apart, padded to keep height and width.
+    """A 3x3 convolution with its taps `dilation` positions apart.
 
     One channel a group goes by `AtrousDepthwise` on a CPU.
     """
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int, groups: int = 1) -> None:
-        super().__init__(in_channels, out_channels, 3, 1, dilation, dilation, groups, bias=False)
+        super().__init__(in_channels, out_channels, 3, dilation, groups, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve (N, in_channels, H, W)."""
-        is_depthwise = x.is_cpu and self.groups == self.in_channels == self.out_channels
-        is_plain = torch.compiler.is_exporting() or not 1 < self.dilation[0] < max(x.shape[-2:])
-        if is_plain or not is_depthwise:
+        depthwise = x.is_cpu and self.groups == self.in_channels == self.out_channels
+        if torch.compiler.is_exporting() or not (depthwise and 1 < self.dilation[0] < max(x.shape[-2:])):
             return super().forward(x)
         weight = self.weight
         if torch.is_autocast_enabled("cpu"):

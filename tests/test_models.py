@@ -285,7 +285,7 @@ def test_separable_deeplab_has_no_other_3x3_outside_its_backbone():
     [
         (lambda: AtrousConv2d(4, 8, dilation=6), 6, 6, 1),
         (lambda: AtrousConv2d(4, 8, dilation=6, groups=4), 6, 6, 4),
-        (lambda: InnerConv2d(4, 8, 7, padding=3), 3, 1, 1),
+        (lambda: InnerConv2d(4, 8, kernel=7), 3, 1, 1),
     ],
 )
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (5, 5), (4, 6), (6, 3), (7, 5)])
@@ -325,8 +325,8 @@ def test_a_depthwise_atrous_convolution_is_torchs(size, dilation, layout):
         (lambda: AtrousConv2d(32, 32, dilation=6, groups=32), (16, 16)),
         (lambda: AtrousConv2d(32, 32, dilation=6, groups=32), (32, 32)),
         (lambda: AtrousConv2d(32, 32, dilation=6, groups=32), (5, 33)),
-        (lambda: InnerConv2d(512, 64, 7, padding=3), (2, 2)),
-        (lambda: InnerConv2d(512, 64, 7, padding=3), (1, 4)),
+        (lambda: InnerConv2d(512, 64, kernel=7), (2, 2)),
+        (lambda: InnerConv2d(512, 64, kernel=7), (1, 4)),
     ],
 )
 def test_the_gradients_of_a_convolution_are_right_in_bf16(make, size):
