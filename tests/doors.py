@@ -19,16 +19,16 @@ def warm_up():
         ensure_running()
 
 
-def fork(call, arguments, log):
-    """Start `call(*arguments)`; what it prints goes to `log` with the endings .out and .err."""
-    process = CONTEXT.Process(target=_printing_to, args=(str(log), call, arguments))
+def fork(call, arguments, log, **environment):
+    """Start `call(*arguments)` with more in its environment; it prints to `log`.out and `log`.err."""
+    process = CONTEXT.Process(target=_printing_to, args=(str(log), environment, call, arguments))
     process.start()
     return process
 
 
 def start(words, folder, log, **environment):
-    """Start `python WORDS` in `folder`, likewise, with more in its environment."""
-    return fork(_door, (list(words), str(folder), environment), log)
+    """Start `python WORDS` in `folder`, likewise."""
+    return fork(_door, (list(words), str(folder)), log, **environment)
 
 
 def run(words, folder, log):
@@ -40,15 +40,15 @@ def run(words, folder, log):
     return process.exitcode, *(Path(f"{log}.{end}").read_text(errors="replace") for end in ("out", "err"))
 
 
-def _printing_to(log, call, arguments):
+def _printing_to(log, environment, call, arguments):
+    os.environ.update(environment)
     for number, end in ((1, "out"), (2, "err")):
         with open(f"{log}.{end}", "wb") as file:
             os.dup2(file.fileno(), number)
     call(*arguments)
 
 
-def _door(words, folder, environment):
-    os.environ.update(environment)
+def _door(words, folder):
     os.chdir(folder)
     sys.path.insert(0, folder)  # where a door finds its rooms
     sys.argv = words

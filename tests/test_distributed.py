@@ -16,9 +16,8 @@ from models import read_checkpoint
 from utils import distributed
 
 
-def score_and_step(config, out, environment):
+def score_and_step(config, out):
     """What torchrun's environment makes of one process: a validation, and the steps of an epoch."""
-    os.environ.update(environment)
     processes = distributed.read_processes()
     report = check_data(config.data_root, num_classes=2)
     distributed.join(processes, torch.device("cpu"))
@@ -43,15 +42,14 @@ def score_and_step(config, out, environment):
 
 def test_two_processes_score_and_step_as_one_does(settings, tmp_path):
     config = settings(batch_size=4, loss="ce", amp="off", accumulate=1, learning_rate=0.01)
-    score_and_step(config, tmp_path / "one.pt", {})
+    score_and_step(config, tmp_path / "one.pt")
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
     shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as torchrun has it: the store is there already
     started = []
     for rank in "01":
-        environment = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        arguments = (config, tmp_path / "two.pt", environment)
-        started.append(doors.fork(score_and_step, arguments, tmp_path / rank))
+        place = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        started.append(doors.fork(score_and_step, (config, tmp_path / "two.pt"), tmp_path / rank, **place))
     for rank, process in enumerate(started):
         process.join(120)
         assert process.exitcode == 0, (tmp_path / f"{rank}.err").read_text()
