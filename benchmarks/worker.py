@@ -33,7 +33,7 @@ from config import Config
 from models import build_model, layers
 from models.layers import AtrousConv2d, InnerConv2d, MergingConv2d, concatenated
 from utils.device import keep_freed_memory
-from utils.run import multiply_adds
+from utils.device import multiply_adds
 
 IGNORED = 255
 PEERS = ("segmentation_models_pytorch", "torchvision")  # without one, what needs it says so

@@ -57,6 +57,17 @@ class SegmentationDataset:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    @property
+    def sample_bytes(self) -> int:
+        """Size of a training sample."""
+        return math.prod(self.image_size) * (self.in_channels + np.dtype(self.encoding.dtype).itemsize)
+
+    @property
+    def resamples(self) -> bool:
+        """Whether a cached sample is more work than a copy: it is zoomed, rotated, or changes its colors."""
+        moves = self.augmentation
+        return moves.scale != (1.0, 1.0) or bool(moves.rotate or moves.color_jitter)
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         images, masks = self.batch([key])
         return images[0], masks[0]

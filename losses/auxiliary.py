@@ -39,3 +39,7 @@ class AuxLoss(nn.Module):
         main = self.loss_fn(logits, masks, denominator)
         self.terms = {**self.loss_fn.terms, "aux": aux.detach()}
         return main + self.weight * aux
+
+    def with_terms(self, logits, masks, denominator=None):
+        loss = self(logits, masks, denominator)
+        return loss, self.terms

@@ -252,6 +252,10 @@ class SegmentationLoss(nn.Module):
             self.terms["dice"] = dice
         return loss
 
+    def with_terms(self, logits, masks, denominator=None):
+        loss = self(logits, masks, denominator)
+        return loss, self.terms
+
     def valid(self, masks: Tensor) -> Tensor:
         """Return which pixels count, bool."""
         if masks.dtype == torch.uint8 and not 0 <= self.ignore_index <= 255:  # torch would compare modulo 256

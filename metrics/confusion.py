@@ -8,8 +8,8 @@ FP = sum_t h[t, c] - TP, FN = sum_p h[c, p] - TP, and
 A class that is neither present nor predicted (TP + FP + FN = 0) is n/a and leaves the means. These are the
 definitions of PASCAL VOC, Cityscapes and of FCN (Long et al., 2015, section 5), and of torchmetrics'
 JaccardIndex, but for the n/a, where it reports 0. Averages of ratios over batches (milesial, MONAI's default)
-are other numbers, which change with the batch size. The mean over pictures, the one such average with a
-meaning of its own, stands beside under its name.
+are different numbers, which depend on the batch size. The mean over images is reported too, under its own
+name.
 """
 
 from dataclasses import dataclass
@@ -19,44 +19,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A picture's score is kept as an integer multiple of 2^-40, so that the sum does not depend on the order.
+# An image's score is kept as an integer multiple of 2^-40, so that the sum does not depend on the order.
 _FIXED = 1 << 40
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a confusion matrix says, as fractions in [0, 1]; NaN is n/a, and no mean counts it."""
+    """Scores of a confusion matrix, as fractions in [0, 1]; NaN is n/a and leaves the means."""
 
-    iou: np.ndarray  # float64, one entry a class, as the two below
+    iou: np.ndarray  # (C,) float64, as the two below
     dice: np.ndarray
-    accuracy: np.ndarray  # the part of the class's pixels that were found; n/a where the truth has none
+    accuracy: np.ndarray  # fraction of the class's pixels that were found; n/a for a class without pixels
     mean_iou: float
     mean_dice: float
     pixel_accuracy: float
     mean_accuracy: float
-    frequency_weighted_iou: float  # each IoU by the class's share of the true pixels
+    frequency_weighted_iou: float  # each IoU weighted by the class's fraction of the target pixels
     mean_iou_foreground: float  # class 0 left out
     mean_dice_foreground: float
-    picture_mean_iou: float  # over pictures, of each one's mean over the classes in its truth or prediction
-    picture_mean_dice: float
-    baseline_iou: float  # mean IoU, if the split's most frequent class were predicted everywhere
+    image_mean_iou: float  # mean over images of each one's mean over the classes in its target or prediction
+    image_mean_dice: float
+    baseline_iou: float  # mean IoU of predicting the most frequent class everywhere
     baseline_accuracy: float
 
 
 class ConfusionMatrix:
-    """Counts of (truth, prediction) pairs, kept on the device, additive over batches and processes.
+    """Counts of (target, prediction) pairs, kept on the device, additive over batches and processes.
 
     Args:
         num_classes: number of classes C.
-        ignore_index: label of the pixels that count for nothing.
+        ignore_index: label of the pixels that are not counted.
         device: where the counts are kept and ids are moved to, best where the predictions will be; it must
-            know float64, which `mps` does not.
+            support float64, which `mps` does not.
 
     Example:
         >>> matrix = ConfusionMatrix(num_classes=3)
         >>> matrix.update(preds=torch.tensor([[0, 1, 1, 0]]), masks=torch.tensor([[0, 1, 0, 255]]))
         >>> scores = matrix.scores()
-        >>> scores.iou, scores.mean_iou  # class 2 is neither there nor predicted
+        >>> scores.iou, scores.mean_iou  # class 2 is neither present nor predicted
         (array([0.5, 0.5, nan]), 0.5)
     """
 
@@ -67,17 +67,17 @@ class ConfusionMatrix:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all counts."""
-        # the matrix; pictures with a valid pixel; sums of their mean IoU and Dice; pixels with a wrong id
+        """Set all counts to 0."""
+        # the matrix; images with a valid pixel; sums of their mean IoU and Dice; pixels with a wrong id
         self._sums = torch.zeros(self.num_classes**2 + 4, dtype=torch.int64, device=self.device)
 
     @property
     def counts(self) -> Tensor:
-        """The matrix, int64 (C, C), in pixels; rows are the truth, columns the prediction."""
+        """The matrix, int64 (C, C), in pixels; rows are the target, columns the prediction."""
         return self._sums[:-4].view(self.num_classes, self.num_classes)
 
     @property
-    def picture_mean_iou(self) -> Tensor:
+    def image_mean_iou(self) -> Tensor:
         """As in `scores`, without waiting for the device: a float64 scalar there, NaN where it is n/a."""
         return self._sums[-3].double() / _FIXED / self._sums[-4]
 
@@ -107,7 +107,7 @@ class ConfusionMatrix:
             self._count_bytes(preds, masks)
 
     def _count_bytes(self, preds: Tensor, masks: Tensor) -> None:
-        """On the CPU: a row for each value of a byte, so that a wrong label shows in a row of its own."""
+        """Count on the CPU, with a row for each value of a byte: a wrong label shows in a row of its own."""
         c, rows = self.num_classes, 256
         (low, high), (pred_low, pred_high) = (map(int, ids.aminmax()) for ids in (masks, preds))
         if low < 0 or high > 255 or pred_low < 0 or pred_high >= c:
@@ -121,7 +121,7 @@ class ConfusionMatrix:
         self._add(bins[:, :c])
 
     def _count(self, preds: Tensor, masks: Tensor) -> None:
-        """On any device: what is ignored or impossible goes to a cell of its own."""
+        """Count on any device; ignored and invalid pixels go to a cell of their own."""
         c = self.num_classes
         cells = c * c + 1
         preds, masks = preds.long(), masks.long()  # a byte would be compared modulo 256
@@ -139,7 +139,7 @@ class ConfusionMatrix:
         self._add(bins.view(-1, cells)[:, :-1].view(-1, c, c))
 
     def join(self) -> None:
-        """Take all that was counted so far for one picture, which was given in parts."""
+        """Treat all counts so far as those of one image, which was counted in parts."""
         counts = self.counts.clone()
         self.reset()
         self._add(counts[None])
@@ -149,11 +149,11 @@ class ConfusionMatrix:
         self._sums += other._sums.to(self.device)
 
     def state(self) -> Tensor:
-        """Return all counts as one int64 vector; the sum of several processes' is their common state."""
+        """Return all counts as one int64 vector; the sum over processes is their common state."""
         return self._sums.clone()
 
     def load_state(self, state: Tensor) -> None:
-        """Take over what `state` gave, or a sum of such."""
+        """Load what `state` returned, or a sum of such vectors."""
         self._sums = state.to(self.device, torch.int64).clone()
 
     def scores(self) -> Scores:
@@ -163,19 +163,19 @@ class ConfusionMatrix:
             ValueError: a batch on a GPU held an id outside 0..C-1.
         """
         sums = self._sums.cpu().numpy()
-        pictures, picture_iou, picture_dice, bad = sums[-4:]
+        images, image_iou, image_dice, bad = sums[-4:]
         if bad:
             raise ValueError(
                 f"ConfusionMatrix.scores: ids must be in 0..{self.num_classes - 1} or, in masks, "
                 f"{self.ignore_index}; {bad} pixels are not. Check the masks, and num_classes."
             )
         h = sums[:-4].reshape(self.num_classes, self.num_classes).astype(np.float64)  # exact to 2^53
-        truth, predicted, tp, total = h.sum(1), h.sum(0), np.diag(h), h.sum()
+        targets, predicted, tp, total = h.sum(1), h.sum(0), np.diag(h), h.sum()
         with np.errstate(invalid="ignore", divide="ignore"):  # 0 / 0 is n/a
-            iou = tp / (truth + predicted - tp)
-            dice = 2 * tp / (truth + predicted)
-            accuracy = tp / truth
-            share = truth / total
+            iou = tp / (targets + predicted - tp)
+            dice = 2 * tp / (targets + predicted)
+            accuracy = tp / targets
+            share = targets / total
             most = share.max()  # the baseline's IoU of that class; its others are 0
             return Scores(
                 iou=iou,
@@ -185,17 +185,17 @@ class ConfusionMatrix:
                 mean_dice=_mean(dice),
                 pixel_accuracy=float(tp.sum() / total),
                 mean_accuracy=_mean(accuracy),
-                frequency_weighted_iou=float((share * iou)[truth > 0].sum()) if total else float("nan"),
+                frequency_weighted_iou=float((share * iou)[targets > 0].sum()) if total else float("nan"),
                 mean_iou_foreground=_mean(iou[1:]),
                 mean_dice_foreground=_mean(dice[1:]),
-                picture_mean_iou=float(picture_iou / _FIXED / pictures),
-                picture_mean_dice=float(picture_dice / _FIXED / pictures),
-                baseline_iou=float(most / (truth > 0).sum()),
+                image_mean_iou=float(image_iou / _FIXED / images),
+                image_mean_dice=float(image_dice / _FIXED / images),
+                baseline_iou=float(most / (targets > 0).sum()),
                 baseline_accuracy=float(most),
             )
 
     def _add(self, h: Tensor) -> None:
-        """Add the matrices of N pictures, (N, C, C)."""
+        """Add the matrices of N images, (N, C, C)."""
         tp = h.diagonal(dim1=1, dim2=2).double()
         both = (h.sum(1) + h.sum(2)).double()  # TP + FP plus TP + FN
         present = both > 0

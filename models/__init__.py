@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .checkpoint import read_checkpoint
+from .inference import fold_batch_norm, prepare_for_inference
 from .deeplabv3plus import DeepLabV3Plus
 from .fcn import FCN
 from .layers import check_choice
@@ -33,8 +34,10 @@ __all__ = [
     "SegNet",
     "UNet",
     "build_model",
+    "fold_batch_norm",
     "load_model",
     "load_pretrained",
+    "prepare_for_inference",
     "read_checkpoint",
 ]
 

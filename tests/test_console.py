@@ -9,28 +9,28 @@ import pytest
 import torch
 
 import train
-from utils import device, run, visualize
-from utils.run import Clock, format_time
+from utils import device, monitor, visualize
+from utils.monitor import Clock, format_time
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_log_file_has_the_table_the_epochs_and_the_scores_and_no_control_codes(settings, capfd):
-    folder = train.main(settings(run_name="mine", epochs=3, val_every=2, class_names=("ground", "square")))
+    folder = train.main(settings(run_name="mine", epochs=3, val_every=2, class_names=("ground", "square"))).folder
     out, err = capfd.readouterr()
     assert err == ""
     assert not re.search(r"[^\n\x20-\x7e]", out)
     table, *epochs = re.split(r"^Epoch \d/3\n", out, flags=re.MULTILINE)
     rows = dict(line.split(maxsplit=1) for line in table.splitlines()[-10:])
     assert list(rows) == [
-        *("data", "classes", "picture", "model", "size", "loss", "optimizer", "schedule", "device", "folder")
+        *("data", "classes", "image", "model", "size", "loss", "optimizer", "schedule", "device", "folder")
     ]
     assert rows["classes"] == "2: ground, square"
-    assert re.fullmatch(r"0\.12 M parameters, \d+ M multiply-adds a picture", rows["size"])
+    assert re.fullmatch(r"0\.12 M parameters, \d+ M multiply-adds per image", rows["size"])
     assert rows["folder"] == str(folder)
     assert len(epochs) == 3
-    assert re.match(r"time       about \d+ s for 8 steps, by the pace of 2 of them; validation ", epochs[0])
+    assert re.match(r"time       about \d+ s for 8 steps, measured over 2 of them, without validation", epochs[0])
     assert "time " not in epochs[1]
-    assert "pictures/s, about" in epochs[0] and "left" in epochs[1] and " left\n" not in epochs[2]
+    assert "images/s, about" in epochs[0] and "left" in epochs[1] and " left\n" not in epochs[2]
     for text, validated in zip(epochs, (False, True, True), strict=True):
         assert re.search(r"loss \d\.\d{4}, ce \d\.\d{4}, dice \d\.\d{4}, learning rate ", text)
         assert ("  square  " in text and "mean IoU 0." in text) == validated
@@ -70,7 +70,7 @@ def test_waiting_for_data_brings_advice_at_once_and_at_the_end(settings, monkeyp
 
     monkeypatch.setattr(Clock, "add", add)
     train.main(settings(epochs=1))
-    advised = [line for line in capsys.readouterr().out.splitlines() if "Data is waited for in " in line]
+    advised = [line for line in capsys.readouterr().out.splitlines() if "Waiting for data takes " in line]
     assert [line[:5] for line in advised] == ["time ", "time:"]
     assert all("num_workers" in line for line in advised)
 
@@ -85,12 +85,12 @@ def test_advice_comes_above_a_tenth_of_the_time():
     clock.seconds |= {"data": 1.0, "step": 9.0}
     assert clock.describe() == "data 10 %, step 90 %, validation 0 %, saving 0 %"
     clock.seconds["data"] = 1.2
-    assert ". Data is waited for in 12 % of the time: try cache" in clock.describe()
+    assert ". Waiting for data takes 12 % of the time: try cache" in clock.describe()
 
 
 def test_the_pace_is_that_of_the_steps_after_the_first(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
     clock = Clock()
     assert clock.since_first(7) == (0, 0)
     now[0] = 103.0

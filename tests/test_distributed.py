@@ -22,20 +22,20 @@ def score_and_step(config, out):
     report = check_data(config.data_root, num_classes=2)
     distributed.join(processes, torch.device("cpu"))
     model = train.build_network(config, fresh=True)
-    run = train.Run(config, report, torch.device("cpu"), torch.float32, model, processes)
+    run = train.build_run(config, report, torch.device("cpu"), torch.float32, model, processes)
     found = train.evaluate(run, train.averaged_weights(run))
     run.model.eval()  # batch norm as a fixed scale: its statistics are each process's own
     sums = {}
-    order = (len(run.train_set), config.batch_size, config.seed, 0)
+    order = (len(run.data.train), config.batch_size, config.seed, 0)
     for step, batch in enumerate(epoch_batches(*order, processes.world_size)):
         own = batch[processes.rank :: processes.world_size]
-        images, masks = run.train_set.batch([(0, index) for index in own])
+        images, masks = run.data.train.batch([(0, index) for index in own])
         terms = train.train_step(run, images, masks, 0, step)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value
     sums = train.over_processes(run, sums)
     if processes.is_main:
-        found = {"counts": found.counts, "each": found.picture_iou}
+        found = {"counts": found.counts, "each": found.image_iou}
         torch.save({**found, "sums": sums, "model": run.model.state_dict()}, out)
     distributed.leave()
 
@@ -77,7 +77,7 @@ def test_ctrl_c_on_the_readmes_torchrun_saves_and_one_process_says_how_to_go_on(
     os.kill(launcher.pid, signal.SIGINT)
     launcher.join(60)
     said, last = (tmp_path / "log.err").read_text(), tmp_path / "runs" / "run" / "last.pt"
-    assert said.count(f"error: stopped; go on with --resume {last.parent}") == 1
+    assert said.count(f"error: stopped; continue with --resume {last.parent}") == 1
     assert said.count("stopping after this step") == 1
     assert "Traceback" not in said.split("error: stopped")[0]  # behind it comes torchrun's own
     assert read_checkpoint(last)["progress"]["epoch"] >= 1

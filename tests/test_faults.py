@@ -17,7 +17,7 @@ import train
 from models import read_checkpoint
 from utils import checkpoint as files
 from utils.cli import Fail, end_with
-from utils.run import find_run
+from utils.run_folder import find_run
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -82,7 +82,7 @@ def met(monkeypatch, config, number, fault):
 def unbroken(settings, kept={}):  # noqa: B006  (one run for all tests: the data is the same in each)
     """The checkpoints of a run that nothing happens to."""
     if not kept:
-        folder = train.main(settings(run_name="unbroken"))
+        folder = train.main(settings(run_name="unbroken")).folder
         kept.update({name: read_checkpoint(folder / name)["model"] for name in ("last.pt", "best.pt")})
     return kept
 
@@ -126,13 +126,13 @@ def test_a_disk_that_takes_no_more_ends_the_run_and_leaves_the_checkpoint(
     assert ended(process) == 1
     monkeypatch.chdir(tmp_path)
     said = (tmp_path / "log").read_text()
-    for part in ("error: ", words, "'runs/run/last.pt'", "go on with --resume runs/run"):
+    for part in ("error: ", words, "'runs/run/last.pt'", "continue with --resume runs/run"):
         assert part in said.splitlines()[-1]
     assert "Traceback" not in said
     Path("runs/run").chmod(0o700)
     assert {path.name for path in Path("runs/run").glob("*.pt")} == {"last.pt", "best.pt"}
     assert read_checkpoint("runs/run/last.pt")["progress"]["epoch"] == 1
-    assert_same(settings, train.main(settings(data_root="data", output_dir="runs", resume="runs/run")))
+    assert_same(settings, train.main(settings(data_root="data", output_dir="runs", resume="runs/run")).folder)
 
 
 def test_a_disk_that_is_full_at_any_write_costs_nothing(settings, tmp_path, monkeypatch):
@@ -193,9 +193,9 @@ def test_out_of_memory_names_the_peak_what_helps_and_that_nothing_was_saved(sett
 def test_a_run_out_of_memory_can_be_resumed(settings, monkeypatch):
     said = met(monkeypatch, settings(), 4, raising(MemoryError()))
     folder = Path(settings().output_dir) / "run"
-    assert f"go on with --resume {folder}" in said
+    assert f"continue with --resume {folder}" in said
     assert f"--init_from {folder / 'last.pt'}" in said
-    assert_same(settings, train.main(settings(resume=str(folder))))
+    assert_same(settings, train.main(settings(resume=str(folder))).folder)
 
 
 def test_a_picture_that_vanishes_while_a_run_goes_on_is_named(settings, data, monkeypatch):
@@ -207,7 +207,7 @@ def test_a_picture_that_vanishes_while_a_run_goes_on_is_named(settings, data, mo
 
 def test_a_loading_process_that_is_killed_ends_the_run_with_a_message(settings, monkeypatch):
     def kill_worker(run):
-        (worker,) = run.loader._workers._iterator._workers
+        (worker,) = run.data.loader._workers._iterator._workers
         worker.kill()
         time.sleep(5)  # it is noticed at once
 
@@ -228,10 +228,10 @@ def test_a_signal_to_the_whole_group_loses_no_step(settings, tmp_path):
     assert ended(process) == 143
     folder = Path(settings().output_dir) / "run"
     said = (tmp_path / "log").read_text()
-    assert f"error: stopped; go on with --resume {folder}" in said
+    assert f"error: stopped; continue with --resume {folder}" in said
     assert "Traceback" not in said
     assert read_checkpoint(folder / "last.pt")["progress"]["step"] == 2
-    assert_same(settings, train.main(settings(resume=str(folder))))
+    assert_same(settings, train.main(settings(resume=str(folder))).folder)
 
 
 # --- several processes ---
@@ -272,8 +272,8 @@ def test_where_one_of_two_processes_ends_the_other_says_so_and_the_run_goes_on_w
     assert (codes[dead], codes[1 - dead]) == (code, 1)
     said = (tmp_path / f"log{1 - dead}").read_text()
     folder = Path(settings().output_dir) / "run"
-    assert "error: another process of this run has ended" in said
-    assert f"go on with --resume {folder}" in said
+    assert "error: another process of this run has ended or hangs" in said
+    assert f"continue with --resume {folder}" in said
     assert "Traceback" not in said
     train.main(settings(resume=str(folder)))
     assert read_checkpoint(folder / "last.pt")["schedule"]["position"] == 6
@@ -290,13 +290,13 @@ def test_more_processes_than_a_batch_has_pictures_are_refused_before_anything_is
 
 def stop_in_validation(run):
     """A signal comes while the next picture is validated."""
-    original = run.val_set.evaluation_item
+    original = run.data.val.evaluation_item
 
     def item(index):
         os.kill(os.getpid(), signal.SIGTERM)
         return original(index)
 
-    run.val_set.evaluation_item = item
+    run.data.val.evaluation_item = item
 
 
 def test_a_run_of_one_process_goes_on_with_two_and_a_signal_to_one_stops_both(
@@ -308,7 +308,7 @@ def test_a_run_of_one_process_goes_on_with_two_and_a_signal_to_one_stops_both(
     assert [ended(process) for process in ranks] == [143, 143]
     progress = read_checkpoint(folder / "last.pt")["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 3)
-    assert "stopped; go on" in (tmp_path / "log0").read_text()
+    assert "stopped; continue" in (tmp_path / "log0").read_text()
     said = (tmp_path / "log1").read_text().splitlines()
     assert all(line.startswith("[Gloo]") for line in said)  # an older torch greets; what happened, one says
     ranks = start_ranks(settings(resume=str(folder)), tmp_path)
@@ -345,7 +345,7 @@ def test_a_run_that_is_stopped_while_it_validates_goes_on_as_if_it_had_not(setti
     assert caught.value.code == 143
     folder = Path(settings().output_dir) / "run"
     assert read_checkpoint(folder / "last.pt")["progress"]["step"] == 3
-    assert_same(settings, train.main(settings(resume=str(folder))))
+    assert_same(settings, train.main(settings(resume=str(folder))).folder)
     rows = (folder / "log.csv").read_text().splitlines()
     assert float(dict(zip(rows[0].split(","), rows[1].split(","), strict=True))["images_per_second"]) == 0
 
@@ -356,7 +356,7 @@ def test_a_run_that_dies_before_its_last_row_is_written_has_it_after_resuming(se
 
     train.main(settings(epochs=1, run_name="short"))
     with monkeypatch.context() as patch:
-        patch.setattr(train.run_files, "write_log", no_room)
+        patch.setattr(train, "write_csv", no_room)
         with pytest.raises(Fail, match="No space left"):
             train.main(settings(epochs=1))
     folder = Path(settings().output_dir) / "run"
@@ -365,34 +365,34 @@ def test_a_run_that_dies_before_its_last_row_is_written_has_it_after_resuming(se
 
 
 def test_a_run_that_stopped_early_is_finished(settings):
-    folder = train.main(settings(epochs=50, early_stop=1, learning_rate=1e-9, warmup_steps=0))
+    folder = train.main(settings(epochs=50, early_stop=1, learning_rate=1e-9, warmup_steps=0)).folder
     with pytest.raises(Fail, match="is finished after 2 epochs"):
         train.main(settings(resume=str(folder)))
 
 
 def test_a_finished_run_that_is_given_more_epochs_is_unfinished_until_they_are_done(settings, monkeypatch):
-    folder = train.main(settings(scheduler="none"))
+    folder = train.main(settings(scheduler="none")).folder
     more = settings(epochs=3, scheduler="none", resume=str(folder))
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", at_step(7, raising(MemoryError())))
         with pytest.raises(Fail, match="out of memory"):
             train.main(more, {"epochs": 3})
-    assert train.main(settings(resume="auto")) == folder
+    assert train.main(settings(resume="auto")).folder == folder
     assert (folder / "log.csv").read_text().count("\n") == 4
 
 
 def test_a_run_begun_without_gradient_scaling_goes_on_with_it(settings, monkeypatch):
     """As one of the CPU's does on a GPU that has fp16 alone."""
     met(monkeypatch, settings(), 4, raising(MemoryError()))
-    built = train.Run
+    built = train.build_run
 
     def scaled(*args):
         run = built(*args)
         run.scaler = torch.amp.GradScaler("cpu")
         return run
 
-    monkeypatch.setattr(train, "Run", scaled)
-    folder = train.main(settings(resume="auto"))
+    monkeypatch.setattr(train, "build_run", scaled)
+    folder = train.main(settings(resume="auto")).folder
     assert read_checkpoint(folder / "last.pt")["scaler"]["scale"] > 0
 
 
@@ -422,9 +422,9 @@ def test_a_run_that_another_process_trains_is_not_resumed(settings, tmp_path):
     while not (folder / "last.pt").exists() and process.is_alive():
         time.sleep(0.02)
     try:
-        with pytest.raises(Fail, match="is being trained in by another process"):
+        with pytest.raises(Fail, match="another process is training in"):
             train.main(settings(resume=str(folder)))
-        with pytest.raises(Fail, match="no unfinished run that is not running"):
+        with pytest.raises(Fail, match="has no unfinished run that is not running"):
             train.main(settings(resume="auto"))
     finally:
         process.kill()  # which leaves its lock's file, but no lock
@@ -455,11 +455,11 @@ def test_two_that_ask_at_once_whether_a_run_is_at_work_do_not_take_each_other_fo
 def test_a_run_name_that_is_taken_is_refused_with_what_can_be_done(settings, tmp_path):
     folder = tmp_path / "runs" / "run"
     folder.mkdir(parents=True)
-    go_on = f", or go on with it by --resume {folder}"
+    go_on = f", or continue it with --resume {folder}"
     for written, way in ((None, ""), ("last.pt", go_on), ("report.png", "")):
         if written:
             (folder / written).touch()
-        with pytest.raises(Fail, match=f"'run' exists in .*. Give another, or none{way}$"):
+        with pytest.raises(Fail, match=f"'run' exists in .*. Choose another, or leave it out{way}$"):
             train.main(settings())
 
 
@@ -488,11 +488,11 @@ def test_a_loss_that_is_not_finite_is_told_with_the_rate_of_its_step_and_resumed
     rate = 0.002 * (1 - 2 / 4) ** 0.9  # poly, after two steps of warm-up
     assert f"not finite in epoch 2, step 2 (learning rate {rate:.3g}, torch." in said
     folder = Path(settings().output_dir) / "run"
-    assert_same(settings, train.main(settings(resume=str(folder))))
+    assert_same(settings, train.main(settings(resume=str(folder))).folder)
 
 
 def test_weights_that_are_not_finite_are_never_saved(settings, monkeypatch):
     said = met(monkeypatch, settings(), 5, poison_after)
     assert "are not finite after step 6" in said
     folder = Path(settings().output_dir) / "run"
-    assert_same(settings, train.main(settings(resume=str(folder))))
+    assert_same(settings, train.main(settings(resume=str(folder))).folder)

@@ -25,7 +25,7 @@ def losses(folder):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_learns(amp, settings):
-    folder = train.main(settings(device="cuda", amp=amp, epochs=8))
+    folder = train.main(settings(device="cuda", amp=amp, epochs=8)).folder
     first, *_, last = losses(folder)
     assert last < first
     assert (read_checkpoint(folder / "last.pt")["scaler"] != {}) == (amp == "fp16")
@@ -54,14 +54,14 @@ def test_no_step_makes_the_host_wait(optimizer, amp, monkeypatch, tmp_path):
 
 
 def test_scores_on_the_device_equal_the_cpus(settings):
-    folder = train.main(settings(device="cuda", amp="off"))
+    folder = train.main(settings(device="cuda", amp="off")).folder
     saved = read_checkpoint(folder / "best.pt")
     found = []
     for name in ("cuda", "cpu"):
         config = settings(device=name, amp="off")
         model = train.build_network(config, fresh=True)
         report = train.check_data(config.data_root, num_classes=config.num_classes)
-        run = train.Run(config, report, pick_device(name), torch.float32, model)
+        run = train.build_run(config, report, pick_device(name), torch.float32, model)
         found.append(train.evaluate(run, {key: value.to(name) for key, value in saved["model"].items()}))
     assert found[0].counts.sum() == found[1].counts.sum()
     assert found[0].scores.mean_iou == pytest.approx(found[1].scores.mean_iou, abs=1e-3)
@@ -69,7 +69,7 @@ def test_scores_on_the_device_equal_the_cpus(settings):
 
 
 def test_a_run_resumed_on_the_device_ends_like_one_that_was_not_broken(settings, monkeypatch):
-    whole = train.main(settings(device="cuda", amp="off", run_name="whole"))
+    whole = train.main(settings(device="cuda", amp="off", run_name="whole")).folder
     step, count = train.train_step, [0]
 
     def broken(*args):
@@ -88,6 +88,6 @@ def test_a_run_resumed_on_the_device_ends_like_one_that_was_not_broken(settings,
 
 
 def test_a_compiled_run_learns_as_an_eager_one(settings):
-    eager = losses(train.main(settings(device="cuda", amp="off", run_name="eager")))
-    compiled = losses(train.main(settings(device="cuda", amp="off", compile=True, run_name="compiled")))
+    eager = losses(train.main(settings(device="cuda", amp="off", run_name="eager")).folder)
+    compiled = losses(train.main(settings(device="cuda", amp="off", compile=True, run_name="compiled")).folder)
     assert compiled == pytest.approx(eager, rel=1e-2)

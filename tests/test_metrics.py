@@ -10,7 +10,7 @@ C = 5
 
 
 def case(n=7, h=9, w=11, seed=0, classes=C):
-    """Random pictures: class 3 is never there, class 4 is predicted but never true."""
+    """Random images: class 3 is never there, class 4 is predicted but never true."""
     generator = torch.Generator().manual_seed(seed)
     masks = torch.randint(0, 3, (n, h, w), generator=generator)
     noise = torch.randint(0, 3, (n, h, w), generator=generator)
@@ -65,7 +65,7 @@ def test_four_pixels_worked_by_hand():
     assert scores.pixel_accuracy == pytest.approx(2 / 3) and scores.mean_accuracy == 3 / 4
     assert scores.frequency_weighted_iou == pytest.approx(1 / 2)
     assert scores.mean_iou_foreground == 1 / 2 and scores.mean_dice_foreground == pytest.approx(2 / 3)
-    assert scores.picture_mean_iou == pytest.approx(1 / 2)
+    assert scores.image_mean_iou == pytest.approx(1 / 2)
     # always class 0: right on 2 of 3 pixels, IoU 2/3 for class 0 and 0 for class 1
     assert scores.baseline_accuracy == pytest.approx(2 / 3) and scores.baseline_iou == pytest.approx(1 / 3)
 
@@ -87,16 +87,16 @@ def test_scores_equal_an_independent_slow_version():
     assert scores.frequency_weighted_iou == pytest.approx(weighted)
 
 
-def test_mean_over_pictures_is_the_mean_of_each_pictures_own_mean():
+def test_mean_over_images_is_the_mean_of_each_images_own_mean():
     preds, masks = case()
     valid = [i for i in range(len(masks)) if (masks[i] != 255).any()]
     own = [slow_ratios(preds[i], masks[i]) for i in valid]
     matrix = measured(preds, masks)
     scores = matrix.scores()
     assert len(valid) == len(masks) - 1
-    assert float(matrix.picture_mean_iou) == scores.picture_mean_iou
-    assert scores.picture_mean_iou == pytest.approx(np.mean([np.nanmean(iou) for iou, _, _ in own]))
-    assert scores.picture_mean_dice == pytest.approx(np.mean([np.nanmean(dice) for _, dice, _ in own]))
+    assert float(matrix.image_mean_iou) == scores.image_mean_iou
+    assert scores.image_mean_iou == pytest.approx(np.mean([np.nanmean(iou) for iou, _, _ in own]))
+    assert scores.image_mean_dice == pytest.approx(np.mean([np.nanmean(dice) for _, dice, _ in own]))
 
 
 def test_baseline_is_what_always_predicting_the_commonest_class_scores():
@@ -168,8 +168,8 @@ def test_nothing_counted_gives_nan_and_reset_forgets():
     matrix = measured(*case())
     matrix.reset()
     same(matrix.scores(), ConfusionMatrix(C).scores())
-    assert math.isnan(matrix.scores().mean_iou) and math.isnan(matrix.scores().picture_mean_iou)
-    assert math.isnan(matrix.picture_mean_iou)
+    assert math.isnan(matrix.scores().mean_iou) and math.isnan(matrix.scores().image_mean_iou)
+    assert math.isnan(matrix.image_mean_iou)
     assert np.isnan(matrix.scores().iou).all() and math.isnan(matrix.scores().baseline_iou)
     matrix.update(torch.zeros(0, 4, 4, dtype=torch.uint8), torch.zeros(0, 4, 4, dtype=torch.uint8))
     assert math.isnan(matrix.scores().pixel_accuracy)

@@ -107,7 +107,7 @@ def test_scoring_the_predictions_gives_the_digits_of_the_log(args, data, tmp_pat
         scores = rows_of(output / "scores.csv")
         assert [row["mean_iou"] for row in scores] == sorted(row["mean_iou"] for row in scores)
         mean = np.mean([float(row["mean_iou"]) for row in scores])
-        assert abs(mean - float(best["picture_mean_iou"])) < 2e-6
+        assert abs(mean - float(best["image_mean_iou"])) < 2e-6
 
 
 def test_one_picture_in_other_code_equals_the_written_mask(args, data, tmp_path):

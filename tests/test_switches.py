@@ -59,7 +59,7 @@ def learn(tmp_path_factory):
             runs, original = [], train.start
             with pytest.MonkeyPatch.context() as patch, without_drawing():
                 patch.setattr(train, "start", lambda run: (runs.append(run), original(run)))
-                folder = train.main(dataclasses.replace(config, **changes))
+                folder = train.main(dataclasses.replace(config, **changes)).folder
             kept[key] = Learned(folder, runs[0])
         return kept[key]
 
@@ -102,7 +102,7 @@ def test_the_average_of_the_weights_is_what_validates_and_learns_as_well(learn):
 def test_loading_processes_and_no_cache_change_nothing(learn):
     found = assert_learned(learn, num_workers=2, cache="off")
     assert found.run.loader.num_workers == 2
-    assert found.run.train_set.cache is None
+    assert found.run.data.train.cache is None
     assert not differs(found.last["model"], learn().last["model"])
 
 

@@ -49,7 +49,7 @@ def stop_after(monkeypatch, steps):
     def step(run, *args):
         count[0] += 1
         if count[0] == steps:
-            run.stop.number = signal.SIGTERM
+            run.monitor.stop.number = signal.SIGTERM
         return original(run, *args)
 
     monkeypatch.setattr(train, "train_step", step)
@@ -60,7 +60,7 @@ def finished(kept_settings):
     """A run that no test changes: its settings, its folder, and what it printed."""
     config = kept_settings(run_name="finished", class_names=("ground", "square"))
     with redirect_stdout(io.StringIO()) as printed:
-        folder = train.main(config)
+        folder = train.main(config).folder
     return config, folder, printed.getvalue()
 
 
@@ -112,7 +112,7 @@ def test_a_model_is_loaded_from_a_run_with_all_that_prediction_needs(finished):
 def test_every_choice_trains(settings, changes):
     config = settings(**changes)
     try:
-        rows = log_rows(train.main(config))
+        rows = log_rows(train.main(config).folder)
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(rows) == config.epochs
@@ -121,7 +121,7 @@ def test_every_choice_trains(settings, changes):
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_score_rises_on_squares_that_can_be_learned(settings):
-    folder = train.main(settings(epochs=12, learning_rate=0.01, base_channels=8, scale=(1.0, 1.0)))
+    folder = train.main(settings(epochs=12, learning_rate=0.01, base_channels=8, scale=(1.0, 1.0))).folder
     best = max(float(row["mean_iou"]) for row in log_rows(folder))
     assert best > 0.8
     assert best > float(log_rows(folder)[0]["mean_iou"]) + 0.1
@@ -139,7 +139,7 @@ def test_the_score_rises_on_squares_that_can_be_learned(settings):
 def whole(request, kept_settings):
     """Settings, and the folder of a run with them that was not stopped."""
     with without_drawing():
-        return request.param, train.main(kept_settings(run_name=None, **request.param))
+        return request.param, train.main(kept_settings(run_name=None, **request.param)).folder
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_stopped_and_resumed_run_ends_as_if_it_had_not_stopped(settings, monke
         with pytest.raises(Fail) as stopped:
             train.main(settings(run_name="broken", **changes))
     assert stopped.value.code == 128 + signal.SIGTERM
-    broken = train.main(settings(resume=str(Path(settings().output_dir) / "broken")))
+    broken = train.main(settings(resume=str(Path(settings().output_dir) / "broken"))).folder
     assert_equal_weights(weights(whole), weights(broken))
     assert_equal_weights(weights(whole, "best.pt"), weights(broken, "best.pt"))
     timeless = [{k: v for k, v in row.items() if k != "images_per_second"} for row in log_rows(whole)]
@@ -197,15 +197,15 @@ def test_resume_auto_takes_the_newest_unfinished_run(settings, monkeypatch, caps
             train.main(settings(run_name="unfinished"))
     newer = shutil.copytree(finished[1], Path(settings().output_dir) / "finished")
     (newer / "last.pt").touch()
-    assert train.main(settings(resume="auto", batch_size=3)).name == "unfinished"
+    assert train.main(settings(resume="auto", batch_size=3)).folder.name == "unfinished"
     assert "batch_size stays 2" in capsys.readouterr().out
-    with pytest.raises(Fail, match="no unfinished run"):
+    with pytest.raises(Fail, match="has no unfinished run"):
         train.main(settings(resume="auto"))
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_resuming_refuses_a_finished_run_a_contradiction_and_changed_data(settings, monkeypatch, data):
-    folder = train.main(settings())
+    folder = train.main(settings()).folder
     with pytest.raises(Fail, match="finished after 2 epochs"):
         train.main(settings(resume=str(folder)))
     (folder / "report.png").unlink()
@@ -249,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(s
 
 @pytest.mark.usefixtures("undrawn")
 def test_early_stopping_ends_the_run_with_a_report(settings, capsys):
-    folder = train.main(settings(epochs=50, early_stop=2, learning_rate=1e-9, warmup_steps=0))
+    folder = train.main(settings(epochs=50, early_stop=2, learning_rate=1e-9, warmup_steps=0)).folder
     assert len(log_rows(folder)) < 50
     assert (folder / "report.png").exists()
     assert "stopped early" in capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_weights_of_another_run_are_taken_over_where_they_fit(settings, capsys, 
     ("changes", "words"),
     [
         ({"model": "pspnet", "backbone": "resnet18", "base_channels": 16}, "none of its weights fits pspnet"),
-        ({"model": "segnet", "base_channels": 4, "freeze_backbone": True}, "backbone.* is not in it"),
+        ({"model": "segnet", "base_channels": 4, "freeze_backbone": True}, "backbone.* is missing from it"),
     ],
 )
 def test_weights_that_do_not_fit_at_all_are_refused(settings, finished, monkeypatch, changes, words):
@@ -287,7 +287,7 @@ def test_one_run_name_is_one_run(settings, finished):
         train.main(replace(finished[0], data_root="nowhere"))
     with pytest.raises(ValueError, match="plain folder name; got 'a/b'"):
         settings(run_name="a/b")
-    first = train.main(settings(epochs=1, run_name=None))
+    first = train.main(settings(epochs=1, run_name=None)).folder
     assert first.name.startswith("unet_")
 
 
@@ -375,12 +375,12 @@ def test_an_output_folder_that_is_a_file_is_refused(settings, tmp_path):
 
 
 def test_two_runs_that_start_in_one_second_have_two_folders(tmp_path):
-    from utils.run import create_run
+    from utils.run_folder import create_run
 
     made = {create_run(tmp_path, None, "unet") for _ in range(5)}
     assert len(made) == 5
     create_run(tmp_path, "mine", "unet")
-    with pytest.raises(ValueError, match="'mine' exists in .* Give another, or none$"):
+    with pytest.raises(ValueError, match="'mine' exists in .* Choose another, or leave it out$"):
         create_run(tmp_path, "mine", "unet")
 
 
@@ -406,7 +406,7 @@ def test_more_epochs_on_resume_go_on_with_the_warm_up_that_the_run_began_with(se
         with pytest.raises(Fail):
             train.main(begun)
     more = {"resume": str(Path(begun.output_dir) / "run"), "epochs": 4}
-    rates = [float(row["learning_rate"]) for row in log_rows(train.main(replace(begun, **more), more))]
+    rates = [float(row["learning_rate"]) for row in log_rows(train.main(replace(begun, **more), more).folder)]
     assert rates[0] < rates[1] == begun.learning_rate >= rates[2] >= rates[3]
     ((first, *_),) = [sorted(plan) for plan in drawn]
     assert first[1] == pytest.approx(begun.learning_rate / 4)  # of 3 steps of warm-up, half of the first 6
@@ -415,8 +415,8 @@ def test_more_epochs_on_resume_go_on_with_the_warm_up_that_the_run_began_with(se
 @pytest.mark.usefixtures("undrawn")
 def test_the_same_settings_give_the_same_weights(finished):
     config, one, _ = finished
-    two = train.main(replace(config, run_name=None))
-    other = train.main(replace(config, run_name=None, seed=1))
+    two = train.main(replace(config, run_name=None)).folder
+    other = train.main(replace(config, run_name=None, seed=1)).folder
     assert_equal_weights(weights(one), weights(two))
     assert any(not torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
 
@@ -429,9 +429,9 @@ def test_accumulation_over_parts_equals_the_whole_batch_without_batch_norm(setti
         config = settings(accumulate=parts, batch_size=4, amp="off", loss="ce", hflip=0.0, clip_grad=0.1)
         report = check_data(config.data_root, num_classes=2)
         model = train.build_network(config, fresh=True)
-        run = train.Run(config, report, torch.device("cpu"), torch.float32, model)
+        run = train.build_run(config, report, torch.device("cpu"), torch.float32, model)
         run.model.eval()  # batch norm as a fixed scale
-        images, masks = run.train_set.batch([(0, index) for index in range(4)])
+        images, masks = run.data.train.batch([(0, index) for index in range(4)])
         masks[0, :20] = 255  # parts of different weight
         train.train_step(run, images, masks, 0, 0)
         found[parts] = {name: value.clone() for name, value in run.model.state_dict().items()}

@@ -1,7 +1,7 @@
-"""Several processes as one run: `torchrun --nproc_per_node N train.py` starts them, this file joins them.
+"""Several processes as one run, started by `torchrun --nproc_per_node N train.py`.
 
-Each process has its share of every batch; DistributedDataParallel averages the gradients, counts are summed.
-With one process everything here does nothing, so the loop is written once.
+Each process takes its part of every batch; DistributedDataParallel averages the gradients, and counts are
+summed. With one process every function here does nothing, so that the training loop is written once.
 """
 
 import gc
@@ -17,18 +17,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Of a wait for another process, which may be at work alone: data on a slow disk, a large checkpoint. One that
-# has died is noticed at once, by gloo or by torchrun, which ends the others.
+# How long one process waits for another, which may be reading from a slow disk or writing a checkpoint. A
+# process that has died is noticed at once, by gloo or by torchrun, which ends the others.
 TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those of the run."""
+    """This process among those of the run."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0  # on this machine: which GPU
+    local_rank: int = 0  # on this machine; the number of the GPU
+    local_world_size: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
@@ -36,30 +37,27 @@ class Processes:
         return self.rank == 0
 
 
-ONE_PROCESS = Processes()
-
-
 def read_processes() -> Processes:
-    """What torchrun says in the environment; without it, one process. Silences all but the main one."""
-    environment = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0} | dict(os.environ)
-    processes = Processes(*(int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    """Read the process's place from torchrun's environment variables; silence all but the main process."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    processes = Processes(*(int(os.environ.get(name, default)) for name, default in names.items()))
     if not processes.is_main:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the life of the process)
     return processes
 
 
 def join(processes: Processes, device: torch.device) -> None:
-    """Meet the other processes; tensors on a GPU go by nccl, all else by gloo."""
+    """Join the process group; tensors on a GPU are sent by nccl, all others by gloo."""
     if processes.world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
 
 
 def leave() -> None:
-    """Part from the others, where there are any, together.
+    """Leave the process group together with the other processes.
 
-    What `wrap` made must be out of use. It goes first: were it the group's last owner, it would wait under
-    Python's lock for a thread of gloo's that may want that lock, to let go of the last tensors.
+    The wrapper that `wrap` returns must be out of use. It is collected first: as the group's last owner it
+    would wait, holding Python's lock, for a gloo thread that may need that lock to free its tensors.
     """
     if dist.is_initialized():
         gc.collect()
@@ -68,16 +66,23 @@ def leave() -> None:
 
 
 def wrap(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
-    """The model, with its gradients averaged over the processes."""
+    """Return the model, wrapped so that its gradients are averaged over the processes.
+
+    Buffers are not broadcast before each forward pass: batch norm statistics are those of each process, and
+    `from_main` makes them equal before a validation.
+    """
     if processes.world_size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
-def averaging(model: nn.Module, now: bool) -> AbstractContextManager:
-    """Around forward and backward: average the gradients only `now`, at the last part of a batch."""
-    held = isinstance(model, DistributedDataParallel) and not now
-    return model.no_sync() if held else nullcontext()
+def averaging(model: nn.Module, enabled: bool) -> AbstractContextManager:
+    """Average gradients in this forward and backward pass only if `enabled`: in the last part of a batch."""
+    skip = isinstance(model, DistributedDataParallel) and not enabled
+    return model.no_sync() if skip else nullcontext()
 
 
 def sum_over(*tensors: Tensor) -> None:
@@ -88,7 +93,7 @@ def sum_over(*tensors: Tensor) -> None:
 
 
 def largest(numbers: list[int]) -> list[int]:
-    """The largest of each number over the processes; goes by gloo, so that no GPU is waited for."""
+    """Return the largest of each number over the processes, by gloo, so that no GPU is waited for."""
     if not dist.is_initialized():
         return numbers
     tensor = torch.tensor(numbers)
@@ -97,26 +102,26 @@ def largest(numbers: list[int]) -> list[int]:
 
 
 def from_main(tensors: dict[str, Tensor]) -> None:
-    """Overwrite the tensors by those of the main process: batch norm's statistics differ by process."""
+    """Overwrite the tensors by those of the main process."""
     if dist.is_initialized():
         for tensor in tensors.values():
             dist.broadcast(tensor, src=0)
 
 
-def told_by_main(value: Any) -> Any:
-    """The main process's value."""
-    told = [value]
+def value_of_main(value: Any) -> Any:
+    """Return the main process's value."""
+    values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    return told[0]
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether another process is gone or silent: gloo's errors have no type of their own, but its name."""
+    """Return whether another process is gone or silent; gloo's errors have no type of their own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def wait_for_all() -> None:
-    """Go on only when every process has come here."""
+    """Wait until every process has reached this call."""
     if dist.is_initialized():
         dist.barrier()

@@ -1,143 +1,136 @@
-"""From pictures to logits at a picture's own size: the one path of validation and of prediction.
+"""From images to logits at each image's own size: the one path of validation and of prediction.
 
-Both doors go through `Network`, so that scoring saved predictions gives the digits that training reported.
+Both scripts use `Predictor`, so that scoring saved predictions gives the digits that training reported.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from utils.device import cpu_has_amx
-from utils.winograd import use_winograd
+from utils.device import to_device
 
 TTA_SCALES = (0.75, 1.0, 1.25)
-CACHED = 2**24  # bytes of a map that a CPU's cache may hold beside others
+CACHE_BYTES = 2**24  # of one feature map; a CPU's cache holds a map of this size beside others
+SMALLEST_SIDE = 32  # pixels; the networks take no smaller images
+
+Block = tuple[int, int, Tensor]  # top, left, values (..., rows, columns)
 
 
 def normalize(
-    images: Tensor, mean: Sequence[float], std: Sequence[float], channels_last: bool = True
+    images: Tensor, mean: Sequence[float], std: Sequence[float], memory_format: torch.memory_format
 ) -> Tensor:
-    """Turn uint8 images (N, C, H, W) into float32, (x / 255 - mean) / std, on their own device."""
-    shape = (1, -1, 1, 1)  # constants made on a GPU have the host wait for it at every step
-    offset = torch.tensor(mean).mul_(255).view(shape).to(images.device, non_blocking=True)
-    scale = torch.tensor(std).mul_(255).reciprocal_().view(shape).to(images.device, non_blocking=True)
-    floats = images.float().sub_(offset).mul_(scale)  # by planes: a number a channel is slow in channels_last
-    return floats.contiguous(memory_format=torch.channels_last) if channels_last else floats
+    """Return (images / 255 - mean) / std of uint8 images (N, C, H, W), float32 on their device."""
+    make = _normalization if not torch.compiler.is_compiling() else _normalization.__wrapped__
+    offset, scale = make(tuple(mean), tuple(std), images.device)
+    floats = images.float().sub_(offset).mul_(scale)  # in NCHW: per-channel numbers are slow in channels_last
+    return floats.contiguous(memory_format=memory_format)
 
 
-class Network:
-    """A model made ready to predict: a copy in eval mode, in one precision, that takes fewer operations.
+@lru_cache(maxsize=8)
+def _normalization(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return offset and scale, (1, C, 1, 1) each, made once: making them on a GPU makes the host wait."""
+    with torch.inference_mode(False):
+        offset = torch.tensor(mean).mul_(255).view(1, -1, 1, 1)
+        scale = torch.tensor(std).mul_(255).reciprocal_().view(1, -1, 1, 1)
+        return offset.to(device), scale.to(device)
 
-    Batch norm is folded into the convolutions; on a CPU those of many channels go by `winograd`.
+
+class Predictor:
+    """Computes logits of uint8 images with a network that `models.prepare_for_inference` has prepared.
 
     Args:
-        model: any model of `models/`; it is left as it is.
-        weights: to use instead of the model's own.
+        model: in eval mode, on `device`; its weights have the dtype that it computes in.
         mean: of each channel, in 0..1, as in training.
         std: of each channel, in 0..1, as in training.
-        device: where to compute.
-        precision: of weights and maps; logits are float32 whatever it is.
-        channels_last: memory layout of the convolutions.
-        fold: False uses `model` itself, as it is and in float32: quicker to set up for a single picture.
-        tta: test-time augmentation: `flip` averages the logits of the picture and its mirror image,
-            `multiscale` those of both at three scales.
+        memory_format: of the network's convolutions.
+        tta: test-time augmentation: `flip` averages the logits of the image and its mirror image, `multiscale`
+            those of both at three scales.
+        batch_size: windows that are computed together where a window slides over an image.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        weights: dict[str, Tensor] | None = None,
         *,
         mean: Sequence[float],
         std: Sequence[float],
-        device: torch.device,
-        precision: torch.dtype,
-        channels_last: bool = True,
-        fold: bool = True,
+        memory_format: torch.memory_format = torch.channels_last,
         tta: str = "none",
+        batch_size: int = 4,
     ) -> None:
-        self.mean, self.std, self.device, self.precision = mean, std, device, precision
-        self.channels_last, self.tta = channels_last, tta
+        self.model, self.mean, self.std = model, mean, std
+        self.memory_format, self.tta, self.batch_size = memory_format, tta, batch_size
         first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-        self.widest = max(1, first.out_channels // math.prod(first.stride))  # numbers a pixel of a large map
-        self.model = model
-        if not fold:
-            return
-        self.model = copy.deepcopy(model)
-        if weights is not None:
-            self.model.load_state_dict(weights)
-        fold_batch_norm(self.model.to(device).eval(), len(mean))
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.to(precision, memory_format=layout)
-        if device.type != "cpu":
-            return
-        if precision == torch.float32 or not cpu_has_amx():
-            use_winograd(self.model)  # AMX multiplies bfloat16 so fast that its sums cost more
-        for conv in self.model.modules():
-            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
-                conv.dilation = (2, 2)  # the same map, but on one thread torch takes oneDNN, twice as fast
+        self.device, self.dtype = first.weight.device, first.weight.dtype
+        self._values_per_pixel = max(1, first.out_channels // math.prod(first.stride))  # of a large map
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """Logits of uint8 images (N, C, H, W), float32 (N, num_classes, H, W), on the network's device."""
-        images = normalize(images.to(self.device, non_blocking=True), self.mean, self.std, self.channels_last)
+        """Return float32 logits (N, num_classes, H, W) of uint8 images (N, C, H, W), on the network's device."""
+        images = normalize(to_device(images, self.device), self.mean, self.std, self.memory_format)
         if self.tta == "none":
             return self._forward(images)
         size, views = images.shape[-2:], []
         for factor in (1.0,) if self.tta == "flip" else TTA_SCALES:
-            scaled = _resized(images, [max(32, round(side * factor)) for side in size])
-            views.append(_resized(self._forward(scaled), size))
-            views.append(_resized(self._forward(scaled.flip(-1)).flip(-1), size))
+            scaled = _resize(images, [max(SMALLEST_SIDE, round(side * factor)) for side in size])
+            views.append(_resize(self._forward(scaled), size))
+            views.append(_resize(self._forward(scaled.flip(-1)).flip(-1), size))
         return torch.stack(views).mean(0)
 
     def _forward(self, images: Tensor) -> Tensor:
-        few = len(images)
+        """Run the network; on a CPU over as many images at a time as its cache holds."""
+        number = len(images)
         if self.device.type == "cpu":
-            few = max(1, CACHED // (images[0, 0].numel() * self.widest * self.precision.itemsize))
-        logits = [self.model(some.to(self.precision)).float() for some in images.split(few)]
+            map_bytes = images[0, 0].numel() * self._values_per_pixel * self.dtype.itemsize
+            number = max(1, CACHE_BYTES // map_bytes)
+        logits = [self.model(part.to(self.dtype)).float() for part in images.split(number)]
         return torch.cat(logits) if len(logits) > 1 else logits[0]
 
 
-def picture_logits(
-    network: Network,
+def image_logits(
+    predictor: Predictor,
     images: Sequence[Tensor],
     boxes: Sequence[Any],
     window: tuple[int, int] | None = None,
     overlap: float = 0.25,
 ) -> Iterator[Tensor]:
-    """Yield logits (1, num_classes, H, W) of pictures at their own sizes, one after the other.
+    """Yield float32 logits (1, num_classes, H, W) of images at their own sizes, in order.
 
     Args:
-        network: what computes them.
+        predictor: computes them.
         images: uint8 (C, h, w) each, as the network is to see them; of one shape where `window` is None.
-        boxes: where each picture lies in its image, and its own size; see `restore`.
-        window: slide a window of this size over each image instead of taking it whole.
-        overlap: of neighbouring windows.
+        boxes: for each image its region in the network's input, and its own size; see `restore`.
+        window: slide a window of this (height, width) over each image instead of taking it whole.
+        overlap: of neighboring windows, as a fraction of the window.
     """
+    images = [to_device(image, predictor.device) for image in images]
     if window is None:
-        each = network.logits(torch.stack(list(images))).split(1)
+        each: Iterable[Tensor] = predictor.logits(torch.stack(images)).split(1)
     else:
-        each = (_slide(network, image, window, overlap) for image in images)
+        each = (_slide(predictor, image, window, overlap) for image in images)
     for logits, box in zip(each, boxes, strict=True):
         yield restore(logits, box)
 
 
-def _slide(network: Network, image: Tensor, window: tuple[int, int], overlap: float) -> Tensor:
-    """Logits (1, num_classes, H, W) of one image (C, H, W), by windows."""
+def _slide(predictor: Predictor, image: Tensor, window: tuple[int, int], overlap: float) -> Tensor:
+    """Return the logits (1, num_classes, H, W) of an image (C, H, W), window by window."""
     size = image.shape[1:]
-    blocks = sliding_blocks(network.logits, lambda top, bottom: image[:, top:bottom], size, window, overlap)
-    return joined(blocks, size)[None]
+    options = {"window": window, "overlap": overlap, "batch_size": predictor.batch_size}
+    return join_blocks(
+        sliding_blocks(predictor.logits, lambda top, bottom: image[:, top:bottom], size, **options), size
+    )[None]
 
 
-def joined(blocks: Iterable[tuple[int, int, Tensor]], size: Sequence[int]) -> Tensor:
-    """Blocks (top, left, tensor (..., rows, columns)) put together to (..., H, W)."""
+def join_blocks(blocks: Iterable[Block], size: Sequence[int]) -> Tensor:
+    """Return blocks (top, left, values (..., rows, columns)) as one tensor (..., H, W)."""
     whole = None
     for top, left, block in blocks:
         rows, columns = block.shape[-2:]
@@ -148,72 +141,48 @@ def joined(blocks: Iterable[tuple[int, int, Tensor]], size: Sequence[int]) -> Te
 
 
 def restore(logits: Tensor, box: Any) -> Tensor:
-    """Bring logits of what the network saw back to the picture's own size.
+    """Resize logits from the network's input back to the image's own size.
 
     Args:
         logits: (N, num_classes, h, w).
-        box: the picture's place within what the network saw (`top`, `left`, `height`, `width`), and its own
-            size (`original_height`, `original_width`), in pixels.
+        box: the image's region in the network's input (`top`, `left`, `height`, `width`), and its own size
+            (`original_height`, `original_width`), in pixels.
 
     Returns:
-        (N, num_classes, original_height, original_width), bilinear between pixel centres.
+        (N, num_classes, original_height, original_width), bilinear between pixel centers.
     """
     inner = logits[..., box.top : box.top + box.height, box.left : box.left + box.width]
-    return _resized(inner, (box.original_height, box.original_width))
+    return _resize(inner, (box.original_height, box.original_width))
 
 
-def _resized(images: Tensor, size: Sequence[int]) -> Tensor:
-    """Images or logits (N, C, H, W) in another height and width; themselves where they have it."""
+def _resize(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize images or logits (N, C, H, W) bilinearly; return them unchanged if they have that size."""
     if images.shape[-2:] == tuple(size):
         return images
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
-def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator[tuple[int, int, Tensor]]:
-    """What `restore` gives, but for rounding, in strips of so many numbers from top to bottom.
+def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator[Block]:
+    """Yield what `restore` returns, except for rounding, in strips of about `elements` values.
+
+    Args:
+        logits: (1, num_classes, h, w).
+        box: as in `restore`.
+        elements: values in a strip.
 
     Yields:
-        (top, 0, logits (num_classes, rows, original_width)), each row once.
+        (top, 0, logits (num_classes, rows, original_width)), from top to bottom.
     """
     inner = logits[0, :, box.top : box.top + box.height, box.left : box.left + box.width]
     height, width = box.original_height, box.original_width
     rows = max(1, elements // (len(inner) * width))
     for top in range(0, height, rows):
-        at = torch.arange(top, min(height, top + rows), device=inner.device) + 0.5
-        at = (at * (box.height / height) - 0.5).clamp_(0, box.height - 1)
-        above = at.long()
+        position = torch.arange(top, min(height, top + rows), device=inner.device) + 0.5
+        position = (position * (box.height / height) - 0.5).clamp_(0, box.height - 1)
+        above = position.long()
         below = (above + 1).clamp_(max=box.height - 1)
-        strip = torch.lerp(inner[:, above], inner[:, below], (at - above)[:, None])
-        yield top, 0, _resized(strip[None], (len(at), width))[0]
-
-
-def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
-    """Merge each batch norm of a model in eval mode into the convolution in front of it, in place.
-
-    The same function in fewer passes. Which belongs to which is seen by running the model once: a norm whose
-    input is a convolution's output.
-    """
-    pairs: list[tuple[nn.Module, nn.Module]] = []
-
-    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            output.made_by = module
-        elif conv := getattr(inputs[0], "made_by", None):
-            pairs.append((conv, module))
-
-    watched = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))]
-    handles = [module.register_forward_hook(watch) for module in watched]
-    with torch.no_grad():
-        model(torch.zeros(1, in_channels, 64, 64, device=next(model.parameters()).device))
-    for handle in handles:
-        handle.remove()
-    names = {module: name for name, module in model.named_modules()}
-    for conv, norm in pairs:
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        model.set_submodule(names[norm], nn.Identity())
-    return model.requires_grad_(False)
+        strip = torch.lerp(inner[:, above], inner[:, below], (position - above)[:, None])
+        yield top, 0, _resize(strip[None], (len(position), width))[0]
 
 
 def sliding_blocks(
@@ -223,68 +192,98 @@ def sliding_blocks(
     window: tuple[int, int],
     overlap: float = 0.25,
     batch_size: int = 4,
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Run a network over a picture of any size, window by window, and yield its logits block by block.
+) -> Iterator[Block]:
+    """Run a network over an image of any size, window by window, and yield its logits block by block.
 
-    Windows overlap and are blended by weights that fall towards their edges and sum to 1 at each pixel.
-    Memory holds a few windows, and of the picture's width only the rows that two strips of windows share.
+    Windows overlap and are blended by weights that fall towards their edges and sum to 1 at each pixel. First
+    the windows of one row are blended from left to right, then the rows of windows from top to bottom. Memory
+    holds a few windows, and the logits of the image rows that two rows of windows share.
 
     Args:
-        forward: uint8 (N, C, h, w) to logits (N, num_classes, h, w).
-        read: rows of the picture from top to bottom, (top, bottom) to uint8 (C, bottom - top, W).
-        size: height and width of the picture.
-        window: height and width of a window; smaller where the picture is.
-        overlap: share of a window that it has in common with its neighbour, 0 to 0.9.
-        batch_size: windows that go through the network together.
+        forward: maps uint8 (N, C, h, w) to logits (N, num_classes, h, w).
+        read: returns the rows from top to bottom, uint8 (C, bottom - top, W).
+        size: height and width of the image.
+        window: height and width of a window; smaller where the image is.
+        overlap: fraction of a window that it shares with its neighbor, 0 to 0.9.
+        batch_size: windows that are computed together.
 
     Yields:
-        (top, left, logits (num_classes, rows, columns)), in reading order; each pixel is in one block.
+        (top, left, logits (num_classes, rows, columns)) in reading order; each pixel is in one block.
     """
     height, width = size
     rows, columns = min(window[0], height), min(window[1], width)
     tops, lefts = _starts(height, rows, overlap), _starts(width, columns, overlap)
-    down, across = _weights(tops, rows, overlap), _weights(lefts, columns, overlap)
-    shared = [top + rows - following for top, following in pairwise(tops)]  # rows of a strip and the next
-    carried = None  # weighted logits of these rows
-    for top, fall, above, below in zip(tops, down, [0, *shared], [*shared, 0], strict=True):
+    blend_down = _BlendDown(tops, rows, width)
+    for row, top in enumerate(tops):
         strip = read(top, top + rows)
         crops = [strip[:, :, left : left + columns] for left in lefts]
         batches = (torch.stack(crops[at : at + batch_size]) for at in range(0, len(crops), batch_size))
-        logits = chain.from_iterable(forward(_enlarged(batch)) for batch in batches)
-        beside = None  # weighted logits of the columns that the next window covers, too
-        for one, weights, left, right in zip(logits, across, lefts, [*lefts[1:], width], strict=True):
-            block = one[:, :rows, :columns] * (fall[:, None] * weights).to(one.device)
-            if beside is not None:
-                block[:, :, : beside.shape[2]] += beside
-            block, beside = block[:, :, : right - left], block[:, :, right - left :]
-            if carried is None:
-                carried = block.new_empty(len(block), max(shared, default=0), width)
-            block[:, :above] += carried[:, :above, left:right]
-            carried[:, :below, left:right] = block[:, rows - below :]
-            yield top, left, block[:, : rows - below]
+        logits = chain.from_iterable(forward(_pad_to_smallest(batch)) for batch in batches)
+
+        def weighted(column: int, window: Tensor, row: int = row) -> Tensor:
+            down = _weights(tops, rows, overlap, window.device)[row]
+            across = _weights(lefts, columns, overlap, window.device)[column]
+            return window[:, :rows, :columns] * (down[:, None] * across)
+
+        windows = (weighted(column, window) for column, window in enumerate(logits))
+        for left, block in _blend_across(windows, lefts, width):
+            yield top, left, blend_down.add(row, left, block)
 
 
-def _starts(length: int, window: int, overlap: float) -> list[int]:
-    """Evenly spaced window starts that cover all of `length` with at least the overlap asked for."""
+def _blend_across(windows: Iterable[Tensor], lefts: Sequence[int], width: int) -> Iterator[tuple[int, Tensor]]:
+    """Add up one row of weighted windows (C, rows, columns); yield (left, block), each column once."""
+    carried = None  # the columns that the next window covers too
+    for window, left, next_left in zip(windows, lefts, [*lefts[1:], width], strict=True):
+        if carried is not None:
+            window[..., : carried.shape[-1]] += carried
+        block, carried = window[..., : next_left - left], window[..., next_left - left :]
+        yield left, block
+
+
+class _BlendDown:
+    """Adds up the rows of windows from top to bottom; keeps the image rows that two of them share."""
+
+    def __init__(self, tops: Sequence[int], rows: int, width: int) -> None:
+        self._shared = [0, *(top + rows - following for top, following in pairwise(tops)), 0]
+        self._width = width
+        self._carried: Tensor | None = None  # (C, shared rows, W)
+
+    def add(self, row: int, left: int, block: Tensor) -> Tensor:
+        """Return those image rows of a block (C, rows, columns) that the next row of windows does not cover."""
+        above, below = self._shared[row : row + 2]
+        columns, finished = slice(left, left + block.shape[-1]), block.shape[1] - below
+        if self._carried is None:
+            self._carried = block.new_empty(len(block), max(self._shared), self._width)
+        block[:, :above] += self._carried[:, :above, columns]
+        self._carried[:, :below, columns] = block[:, finished:]
+        return block[:, :finished]
+
+
+def _starts(length: int, window: int, overlap: float) -> tuple[int, ...]:
+    """Return evenly spaced window starts that cover `length` with at least the given overlap."""
     stride = max(1, int(window * (1 - overlap)))
     count = -(-(length - window) // stride) + 1
-    return [round(i * (length - window) / max(1, count - 1)) for i in range(count)]
+    return tuple(round(i * (length - window) / max(1, count - 1)) for i in range(count))
 
 
-def _weights(starts: Sequence[int], window: int, overlap: float) -> list[Tensor]:
-    """Weights along one side of each window, falling over the overlap, which at each pixel sum to 1."""
+@lru_cache(maxsize=64)
+def _weights(starts: tuple[int, ...], window: int, overlap: float, device: torch.device) -> list[Tensor]:
+    """Return the weights along one side of each window; they fall over the overlap and sum to 1."""
     distance = torch.arange(window, dtype=torch.float32)
     distance = torch.minimum(distance, distance.flip(0)) + 1
     ramp = (distance / max(1, int(window * overlap))).clamp_(max=1.0)
     total = torch.zeros(starts[-1] + window)
     for start in starts:
         total[start : start + window] += ramp
-    return [ramp / total[start : start + window] for start in starts]
+    return [(ramp / total[start : start + window]).to(device) for start in starts]
 
 
-def _enlarged(images: Tensor) -> Tensor:
-    """Images (N, C, H, W), their last row and column repeated to the 32 that a network takes at least."""
-    if min(images.shape[-2:]) >= 32:
+def _pad_to_smallest(images: Tensor) -> Tensor:
+    """Repeat the last row and column of images (N, C, H, W) up to the smallest side that a network takes."""
+    if min(images.shape[-2:]) >= SMALLEST_SIDE:
         return images
-    rows, columns = (torch.arange(max(32, side)).clamp_(max=side - 1) for side in images.shape[-2:])
+    rows, columns = (
+        torch.arange(max(SMALLEST_SIDE, side), device=images.device).clamp_(max=side - 1)
+        for side in images.shape[-2:]
+    )
     return images[:, :, rows][..., columns]

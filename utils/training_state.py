@@ -1,0 +1,91 @@
+"""The state of a training run: what `last.pt` holds beside the settings, and how it is restored."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoint import load_fitting, plain_weights
+from utils.ema import Ema
+from utils.monitor import Progress
+
+
+def training_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    scaler: torch.amp.GradScaler,
+    ema: Ema | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Return everything that an exact resume needs, in tensors and plain values."""
+    return {
+        "model": plain_weights(model),
+        "ema": ema.weights if ema else None,
+        "ema_steps": ema.steps if ema else 0,
+        "progress": asdict(progress),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "scaler": scaler.state_dict(),
+    }
+
+
+def restore_training_state(
+    saved: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    scaler: torch.amp.GradScaler,
+    ema: Ema | None,
+) -> None:
+    """Load what `training_state` returned, all but the progress.
+
+    Raises:
+        ValueError: the weights do not fit the model.
+    """
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"last.pt does not fit the network of its settings: {reason}. Use the code that wrote it, or start "
+            "a new run from its weights with --init_from"
+        ) from error
+    schedule.load_state_dict(saved["schedule"])
+    if saved["scaler"]:  # a run at another precision than fp16 has none
+        scaler.load_state_dict(saved["scaler"])
+    if ema:
+        ema.load(saved["ema"], saved["ema_steps"])
+
+
+def load_initial_weights(
+    model: nn.Module, weights: dict[str, Tensor], source: str, name: str, needs_backbone: bool
+) -> str:
+    """Load the weights that fit into `model`; return a text that lists what was skipped.
+
+    Args:
+        model: changed in place.
+        weights: a state dict, maybe of a network with another number of classes.
+        source: the file of the weights, for messages.
+        name: of the network.
+        needs_backbone: every weight of the backbone must be there, because it will be frozen.
+
+    Raises:
+        ValueError: nothing fits, or a part of the backbone is missing that must not be.
+    """
+    skipped = load_fitting(model, weights)
+    own = [*model.state_dict()]
+    missing = [key for key in own if key in skipped]
+    frozen = [key for key in missing if needs_backbone and key.startswith("backbone.")]
+    if len(missing) == len(own):
+        raise ValueError(f"init_from {source}: none of its weights fits {name}. Give a checkpoint of {name}")
+    if frozen:
+        raise ValueError(
+            f"init_from {source}: freeze_backbone is set, but {frozen[0]} is missing from it or has another "
+            f"shape. Give a checkpoint of {name} with this backbone"
+        )
+    summary = f"{len(own) - len(missing)} of {len(own)} loaded, {len(skipped)} skipped"
+    lines = [f"{key}: {reason}" for key, reason in skipped.items()]
+    return "\n  ".join([f"weights from {source}: {summary}", *lines])
