@@ -51,7 +51,13 @@ from utils.sync_batchnorm import convert_sync_batchnorm
 from utils.tables import format_score, score_columns, write_csv
 from utils.training_state import load_initial_weights, restore_training_state, training_state
 
-CAN_CHANGE = ("num_workers", "device", "cache", "cache_dir", "save_every_minutes")  # on resume: no result does
+CAN_CHANGE = (
+    "num_workers",
+    "device",
+    "cache",
+    "cache_dir",
+    "save_every_minutes",
+)  # on resume: no result does
 
 
 class Result(NamedTuple):
@@ -124,7 +130,9 @@ def resolve_resume(config: Config, given: dict[str, Any]) -> tuple[Config, Path 
 
 def check(config: Config) -> DataReport:
     """Open and count every image and mask once; refuse data that cannot be trained on."""
-    options = config.pick("num_classes", "ignore_index", "class_colors", "in_channels", "labels", "mask_suffix")
+    options = config.pick(
+        "num_classes", "ignore_index", "class_colors", "in_channels", "labels", "mask_suffix"
+    )
     options |= {"class_names": config.names, "cache_dir": config.cache_folder}
     return check_data(config.data_root, **options, progress=progress_bar)
 
@@ -184,8 +192,14 @@ def build_run(
     groups = config.pick("weight_decay", "momentum", "backbone_lr_scale")
     optimizer = build_optimizer(model, config.optimizer, config.learning_rate, **groups)
     schedule = build_schedule(config, optimizer, len(data.train), processes)
-    progress = Progress(**saved["progress"]) if saved else Progress()
-    run = Run(
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    ema = Ema(model, config.ema_decay) if config.ema_decay else None
+    progress = Progress()
+    if saved:
+        progress = Progress(**saved["progress"])
+        refuse_changes(config, report, progress, folder, saved["fingerprint"])
+        restore_training_state(saved, model, optimizer, schedule, scaler, ema)
+    return Run(
         config,
         device,
         precision,
@@ -195,19 +209,15 @@ def build_run(
         model,
         parallel,
         forward=torch.compile(parallel) if config.compile else parallel,
-        ema=Ema(model, config.ema_decay) if config.ema_decay else None,
+        ema=ema,
         loss_fn=build_criterion(config, report).to(device),
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        scaler=scaler,
         schedule=schedule,
         progress=progress,
         monitor=Monitor(progress, schedule, device, processes, config.save_every_minutes),
         report=RunReport(folder, data.classes, planned_rates(schedule)),
     )
-    if saved:
-        refuse_changes(run, saved)
-        restore_training_state(saved, model, optimizer, schedule, run.scaler, run.ema)
-    return run
 
 
 def build_data(config: Config, report: DataReport, device: torch.device, processes: Processes) -> Data:
@@ -335,7 +345,7 @@ def summary(run: Run) -> dict[str, Any]:
 def train(run: Run) -> Evaluation:
     """Train for the remaining epochs, then draw the report; return the evaluation of best.pt."""
     config, progress = run.config, run.progress
-    while not is_over(run):
+    while not is_over(config, progress):
         number, evaluation = progress.epoch + 1, None
         print(f"Epoch {number}/{config.epochs}", flush=True)
         train_one_epoch(run)
@@ -348,10 +358,10 @@ def train(run: Run) -> Evaluation:
     return finish(run)
 
 
-def is_over(run: Run) -> bool:
+def is_over(config: Config, progress: Progress) -> bool:
     """Return whether all epochs are done, or the score has not improved for too long."""
-    stalled = 0 < run.config.early_stop <= run.progress.stalled
-    return stalled or run.progress.epoch >= run.config.epochs
+    stalled = 0 < config.early_stop <= progress.stalled
+    return stalled or progress.epoch >= config.epochs
 
 
 def train_one_epoch(run: Run) -> None:
@@ -535,7 +545,7 @@ def end_epoch(run: Run, evaluation: Evaluation | None) -> None:
     if is_best:
         run.best = evaluation
         save(run, "best", {"model": averaged_weights(run)})
-    if is_over(run) or monitor.save_due():
+    if is_over(config, progress) or monitor.save_due():
         save_last(run)
     if not run.processes.is_main:
         return
@@ -548,7 +558,7 @@ def end_epoch(run: Run, evaluation: Evaluation | None) -> None:
             shown = visualize.spread(len(run.data.val), SHOWN)
             samples = validation_samples(run, averaged_weights(run), evaluation, shown)
             run.report.draw_samples(progress.epoch, samples)
-    eta = "" if is_over(run) else monitor.clock.eta(schedule.position, schedule.total_steps)
+    eta = "" if is_over(config, progress) else monitor.clock.eta(schedule.position, schedule.total_steps)
     print(run.report.describe_epoch(row, eta, evaluation, is_best), flush=True)
 
 
@@ -611,15 +621,16 @@ def save(run: Run, kind: str, state: dict[str, Any]) -> None:
             checkpoint_files.save_atomic(content, run.folder / f"{kind}.pt")
 
 
-def refuse_changes(run: Run, saved: dict[str, Any]) -> None:
+def refuse_changes(
+    config: Config, report: DataReport, progress: Progress, folder: Path, fingerprint: dict[str, Any]
+) -> None:
     """Raise ValueError for a run that cannot be resumed: its data has changed, or it is finished."""
-    now = run.data.report.fingerprint
-    changed = [part for part, value in saved["fingerprint"].items() if now.get(part) != value]
+    changed = [part for part, value in fingerprint.items() if report.fingerprint.get(part) != value]
     if changed:
-        what = f"{run.config.data_root} has changed since {run.folder} was started: {', '.join(changed)}"
+        what = f"{config.data_root} has changed since {folder} was started: {', '.join(changed)}"
         raise ValueError(f"{what}. Restore the old data, or start a new run with --init_from")
-    if is_over(run) and run_folder.is_finished(run.folder):
-        finished = f"{run.folder} is finished after {run.progress.epoch} epochs"
+    if is_over(config, progress) and run_folder.is_finished(folder):
+        finished = f"{folder} is finished after {progress.epoch} epochs"
         raise ValueError(f"{finished}. Start a new run with --init_from")
 
 

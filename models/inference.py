@@ -8,7 +8,7 @@ from utils.device import cpu_has_amx
 from utils.winograd import use_winograd
 
 def prepare_for_inference(model, weights=None, *, device, dtype, channels_last=True):
-    channels = model.in_channels
+    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
     model = copy.deepcopy(model)
     if weights is not None:
         model.load_state_dict(weights)

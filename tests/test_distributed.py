@@ -7,13 +7,14 @@ import time
 
 import doors
 import torch
+from torch import nn
 from torch.distributed import TCPStore
 
 import train
 from datasets import check_data
-from datasets.sampling import epoch_batches
 from models import read_checkpoint
 from utils import distributed
+from utils.sync_batchnorm import convert_sync_batchnorm
 
 
 def score_and_step(config, out):
@@ -24,34 +25,33 @@ def score_and_step(config, out):
     model = train.build_network(config, fresh=True)
     run = train.build_run(config, report, torch.device("cpu"), torch.float32, model, processes)
     found = train.evaluate(run, train.averaged_weights(run))
-    run.model.eval()  # batch norm as a fixed scale: its statistics are each process's own
-    sums = {}
-    order = (len(run.data.train), config.batch_size, config.seed, 0)
-    for step, batch in enumerate(epoch_batches(*order, processes.world_size)):
-        own = batch[processes.rank :: processes.world_size]
-        images, masks = run.data.train.batch([(0, index) for index in own])
-        terms = train.train_step(run, images, masks, 0, step)
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0.0) + value
-    sums = train.over_processes(run, sums)
+    train.set_train_mode = lambda run: run.model.eval()  # batch norm as a fixed scale: statistics differ
+    train.train_one_epoch(run)
+    sums = run.progress.sums
     if processes.is_main:
         found = {"counts": found.counts, "each": found.image_iou}
         torch.save({**found, "sums": sums, "model": run.model.state_dict()}, out)
     distributed.leave()
 
 
+def start_two(function, arguments, folder):
+    """Call a function in two processes that find each other as torchrun's do; return them when they end."""
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store exists already
+    started = [
+        doors.fork(function, arguments, folder / rank, **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"
+    ]
+    for process in started:
+        process.join(120)
+    return started
+
+
 def test_two_processes_score_and_step_as_one_does(settings, tmp_path):
     config = settings(batch_size=4, loss="ce", amp="off", accumulate=1, learning_rate=0.01)
     score_and_step(config, tmp_path / "one.pt")
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
-    shared["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # as torchrun has it: the store is there already
-    started = []
-    for rank in "01":
-        place = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        started.append(doors.fork(score_and_step, (config, tmp_path / "two.pt"), tmp_path / rank, **place))
-    for rank, process in enumerate(started):
-        process.join(120)
+    processes = start_two(score_and_step, (config, tmp_path / "two.pt"), tmp_path)
+    for rank, process in enumerate(processes):
         assert process.exitcode == 0, (tmp_path / f"{rank}.err").read_text()
     one, two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt"))
     assert torch.equal(one["counts"], two["counts"])
@@ -81,3 +81,39 @@ def test_ctrl_c_on_the_readmes_torchrun_saves_and_one_process_says_how_to_go_on(
     assert said.count("stopping after this step") == 1
     assert "Traceback" not in said.split("error: stopped")[0]  # behind it comes torchrun's own
     assert read_checkpoint(last)["progress"]["epoch"] >= 1
+
+
+def batch_norm_step(x, grad, out):
+    """Forward, gradients and running statistics of this process's part of a batch of five."""
+    processes = distributed.read_processes()
+    distributed.join(processes, torch.device("cpu"))
+    norm = nn.BatchNorm2d(3)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.5, 1.0, 2.0]))
+    norm = convert_sync_batchnorm(nn.Sequential(norm))
+    part = slice(0, 2) if processes.is_main else slice(2, 5)  # parts of different sizes
+    if processes.world_size == 1:
+        part = slice(None)
+    own = x[part].clone().requires_grad_()
+    y = norm(own)
+    y.backward(grad[part])
+    weight, bias = norm[0].weight.grad, norm[0].bias.grad
+    distributed.sum_over(weight, bias)
+    found = {"y": y.detach(), "x": own.grad, "weight": weight, "bias": bias}
+    torch.save(found | norm.state_dict(), f"{out}.{processes.rank}.pt")
+    distributed.leave()
+
+
+def test_batch_norm_over_two_processes_is_that_of_one_over_the_whole_batch(tmp_path):
+    torch.manual_seed(0)
+    x, grad = torch.randn(5, 3, 6, 7) * 3 + 100, torch.randn(5, 3, 6, 7)  # a mean far from 0
+    batch_norm_step(x, grad, tmp_path / "one")
+    processes = start_two(batch_norm_step, (x, grad, tmp_path / "two"), tmp_path)
+    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "0.err").read_text()
+    whole = torch.load(tmp_path / "one.0.pt", weights_only=True)
+    parts = [torch.load(tmp_path / f"two.{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name in ("y", "x"):
+        assert torch.allclose(torch.cat([part[name] for part in parts]), whole[name], atol=1e-4), name
+    for name in sorted(whole.keys() - {"y", "x"}):
+        for part in parts:
+            assert torch.allclose(part[name].float(), whole[name].float(), rtol=1e-4, atol=1e-4), name

@@ -23,8 +23,9 @@ from config import Config
 from datasets import fit, read_image
 from datasets.large import LargePicture, picture_size
 from metrics import ConfusionMatrix, predicted_ids
-from models import MODELS, build_model, load_model
+from models import MODELS, build_model, fold_batch_norm, load_model
 from predict import Args
+from utils import prediction
 from utils.cli import Fail, parse
 from utils.export import export
 from utils.inference import normalize
@@ -133,12 +134,12 @@ def test_one_picture_in_other_code_equals_the_written_mask(args, data, tmp_path)
 )
 def test_a_picture_that_segment_cannot_take_is_refused_with_what_it_takes(args, picture):
     model = load_model(args().weights)
-    with pytest.raises(ValueError, match=r"uint8 array of \(H, W, 3\); got .+\. datasets.read_image"):
+    with pytest.raises(ValueError, match=r"uint8 array \(H, W, 3\); got .+\. datasets.read_image"):
         predict.segment(model, picture)
 
 
 def test_segment_refuses_a_model_that_no_checkpoint_describes():
-    with pytest.raises(ValueError, match="model of models.load_model; got a UNet without info"):
+    with pytest.raises(ValueError, match="model from models.load_model; got a UNet without info"):
         predict.segment(build_model("unet", 2, base_channels=4), np.zeros((40, 50, 3), np.uint8))
 
 
@@ -169,7 +170,7 @@ def test_classes_that_the_training_masks_encoding_lacks_are_refused_before_any_w
 def test_a_picture_whose_name_is_no_text_is_refused_before_any_work(args, data, tmp_path):
     given, picture = args(), data / "val" / "images" / "p0.png"
     os.rename(picture, os.path.join(os.fsencode(picture.parent), b"caf\xe9.png"))
-    with pytest.raises(Fail, match=r"caf\\udce9.png: its name is no UTF-8: rename it") as caught:
+    with pytest.raises(Fail, match=r"caf\\udce9.png: its name is not valid UTF-8. Rename it") as caught:
         predict.main(given)
     assert caught.value.code == 2
     assert not (tmp_path / "out").exists()
@@ -227,7 +228,7 @@ def test_an_unreadable_picture_is_named_and_skipped_and_the_others_are_written(a
 
 def test_where_no_picture_is_readable_nothing_is_written_or_said_to_be(args, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(Fail, match="1 of 1 pictures had problems:\n.*text.png") as caught:
+    with pytest.raises(Fail, match="1 of 1 images had problems:\n.*text.png") as caught:
         predict.main(args(input=str(tmp_path / "text.png")))
     assert caught.value.code == 1
     assert "wrote" not in capsys.readouterr().out
@@ -249,21 +250,21 @@ def test_a_truth_of_0_and_255_for_a_network_of_0_and_1_is_told_to_lack_a_class(a
     for path in (data / "val" / "masks").iterdir():
         Image.fromarray(np.uint8(255) * (np.asarray(Image.open(path)) > 0)).save(path)
     predict.main(given)
-    assert "the truth has no pixel of class_1; 255 in it counts nowhere, as in training" in (
+    assert "the ground truth has no pixel of class_1; 255 is ignored in it, as in training" in (
         capsys.readouterr().out
     )
 
 
 def test_no_picture_keeps_its_confusion_matrix_and_their_total_is_that_of_all_pixels(args, data, tmp_path):
     given = args(truth=str(data / "val" / "masks"), num_workers=2, batch_size=1)
-    work = predict.prepare(given, Path(given.weights))
-    total = predict.predict_all(work)
+    job = predict.prepare(given, Path(given.weights))
+    total = prediction.predict_all(job)
     expected = ConfusionMatrix(2)
-    for picture in work.pictures:
-        files = (tmp_path / "out" / "masks" / f"{picture.name}.png", picture.truth)
+    for picture in job.images:
+        files = (tmp_path / "out" / "masks" / f"{picture.name}.png", picture.target)
         expected.update(*(torch.from_numpy(np.array(Image.open(file))) for file in files))
     assert torch.equal(total.state(), expected.state())
-    assert [(one.matrix, set(one.scores)) for one in work.pictures] == [(None, set(predict.SCORES))] * 3
+    assert [(one.matrix, set(one.scores)) for one in job.images] == [(None, set(prediction.SCORES))] * 3
 
 
 def test_probabilities_are_written_and_their_argmax_is_the_mask(args, tmp_path):
@@ -295,9 +296,9 @@ def test_windows_and_augmented_predictions_cover_every_picture(args, data, tmp_p
 def test_a_picture_taken_strip_by_strip_has_the_mask_and_overlay_of_the_usual_way(args, tmp_path, training):
     given = args({"amp": "off", "epochs": 3, "learning_rate": 0.01, **training})
     predict.main(given)
-    work = predict.prepare(replace(given, output=str(tmp_path / "strips")), Path(given.weights))
-    for picture in work.pictures:
-        predict.predict_large(work, picture)
+    job = predict.prepare(replace(given, output=str(tmp_path / "strips")), Path(given.weights))
+    for picture in job.images:
+        prediction.predict_large(job, picture)
     written = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.png")]
     assert len(written) == 6
     for name in written:
@@ -340,7 +341,7 @@ def test_whether_a_picture_is_large_is_told_without_decoding_it(tmp_path):
     path = tmp_path / "cut.png"
     Image.effect_noise((5000, 4000), 50).save(path, compress_level=1)
     path.write_bytes(path.read_bytes()[:5000])
-    assert predict.is_large(path, classes=2)
+    assert prediction.is_large(path, classes=2)
 
 
 def test_a_wide_picture_is_reduced_by_few_rows_at_a_time(tmp_path):
@@ -573,7 +574,7 @@ def test_an_output_dir_that_is_no_text_is_refused_where_weights_are_looked_for(t
 
 def test_a_truth_that_vanishes_meanwhile_ends_the_prediction_with_one_line(args, data, monkeypatch):
     lost = "no such file: masks/07.png"
-    monkeypatch.setattr(predict, "LargeMask", Mock(side_effect=FileNotFoundError(lost)))
+    monkeypatch.setattr(prediction, "LargeMask", Mock(side_effect=FileNotFoundError(lost)))
     with pytest.raises(Fail, match=f"cannot go on: {lost}. What was written before is whole") as caught:
         predict.main(args(input=str(data / "val/images"), truth=str(data / "val/masks")))
     assert caught.value.code == 1
@@ -582,7 +583,9 @@ def test_a_truth_that_vanishes_meanwhile_ends_the_prediction_with_one_line(args,
 def test_a_table_that_cannot_be_written_is_said_in_one_line_and_the_masks_are_whole(args, tmp_path):
     given = args()
     (tmp_path / "out" / "summary.csv").mkdir(parents=True)
-    with pytest.raises(Fail, match="tables cannot be written: .*summary.csv.* The masks are whole") as caught:
+    with pytest.raises(
+        Fail, match="tables cannot be written: .*summary.csv.* The masks are complete"
+    ) as caught:
         predict.main(given)
     assert caught.value.code == 1 and len(list((tmp_path / "out" / "masks").iterdir())) == 3
 
@@ -618,16 +621,16 @@ def test_an_exported_program_gives_the_networks_logits_for_pictures_of_any_size(
     torch.manual_seed(0)
     small = {"unet": {"base_channels": 4}, "segnet": {"base_channels": 4}, "fcn": {"backbone": "vgg11_bn"}}
     model = build_model(name, 3, **small.get(name, {"backbone": "resnet18"})).eval()
-    about = {"class_names": ["a", "b", "c"]}
+    info = {"class_names": ["a", "b", "c"]}
     path = tmp_path / "net.pt2"
-    assert export(model, path, mean=[0.4] * 3, std=[0.2] * 3, about=about) < 1e-4
+    assert export(model, path, fold=fold_batch_norm, mean=[0.4] * 3, std=[0.2] * 3, info=info) < 1e-4
     found = {"info.json": ""}
     program = torch.export.load(path, extra_files=found).module()
     pictures = torch.randint(0, 256, (2, 3, 39, 70), dtype=torch.uint8)
     with torch.no_grad():
         expected = model(normalize(pictures, [0.4] * 3, [0.2] * 3))
         assert torch.allclose(program(pictures), expected, atol=1e-3 * float(expected.abs().max()))
-    assert json.loads(found["info.json"]) == about
+    assert json.loads(found["info.json"]) == info
 
 
 @needs_export
@@ -635,7 +638,7 @@ def test_export_writes_a_file_and_predicts_nothing(args, tmp_path, capsys):
     predict.main(args(export=str(tmp_path / "net.pt2")))
     printed = capsys.readouterr().out
     assert "differ from the network's by" in printed
-    assert "(N, 3, H, W), 33 pixels a side or more, as read" in printed
+    assert "(N, 3, H, W), 33 or more pixels per side" in printed
     assert (tmp_path / "net.pt2").exists()
     assert not (tmp_path / "out").exists()
 
@@ -668,8 +671,8 @@ def test_a_written_mask_reads_back_as_the_ids_of_the_network(tmp_path, num_class
     logits = torch.randn(1, num_classes, 24, 40)
     info = SimpleNamespace(palette=[[0, 0, 0]] * num_classes)
     ids = predicted_ids(logits)[0].numpy()
-    work = predict.Work(Args(output=str(tmp_path)), info, None, None, None, [])
-    predict.save(work, "a", ids, None, None)
+    options = SimpleNamespace(output=tmp_path, source_encoding=False)
+    prediction.save(prediction.Job(options, info, None, None, []), "a", ids, None, None)
     assert np.array_equal(np.array(Image.open(tmp_path / "masks" / "a.png")), logits.argmax(1)[0].numpy())
 
 

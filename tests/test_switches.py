@@ -101,7 +101,7 @@ def test_the_average_of_the_weights_is_what_validates_and_learns_as_well(learn):
 
 def test_loading_processes_and_no_cache_change_nothing(learn):
     found = assert_learned(learn, num_workers=2, cache="off")
-    assert found.run.loader.num_workers == 2
+    assert found.run.data.loader.num_workers == 2
     assert found.run.data.train.cache is None
     assert not differs(found.last["model"], learn().last["model"])
 

@@ -7,7 +7,7 @@ full disk or a power cut leaves either the old file or the new one. Checkpoints 
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 TEMPORARY = ".writing"  # ending of a file that is not whole yet
 
 
-def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_atomic(path: Path, write: Callable[[BinaryIO], Any], sync: bool = True) -> None:
     """Let `write` fill a temporary file, then put it in the place of `path` in one move.
+
+    Without `sync` it is not flushed to the disk; for many files, `flush_to_disk` does that once at the end.
 
     An OSError (no room, no right, no folder) names `path`, and what stood there still stands.
     """
@@ -28,7 +30,8 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):  # it may be the folder that fails
@@ -36,12 +39,27 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
-    if os.name == "posix":  # the rename, too, lasts through a power cut
-        folder = os.open(path.parent, os.O_RDONLY)
+    if sync:
+        _flush_folder(path.parent)  # the rename, too, lasts through a power cut
+
+
+def flush_to_disk(paths: Iterable[Path]) -> None:
+    """Flush files that were written without `sync`, and their folders, each once."""
+    files = set(paths)
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    for folder in {path.parent for path in files}:
+        _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(handle)
         finally:
-            os.close(folder)
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,9 +72,9 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_image(path: Path, image: Any, **options: Any) -> None:
+def write_image(path: Path, image: Any, sync: bool = True, **options: Any) -> None:
     """`write_atomic` for a Pillow image, as PNG."""
-    write_atomic(path, lambda file: image.save(file, "png", **options))
+    write_atomic(path, lambda file: image.save(file, "png", **options), sync)
 
 
 def save_atomic(checkpoint: dict[str, Any], path: Path) -> None:

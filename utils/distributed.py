@@ -5,6 +5,7 @@ summed. With one process every function here does nothing, so that the training 
 """
 
 import gc
+import inspect
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -73,10 +74,12 @@ def wrap(model: nn.Module, processes: Processes, device: torch.device) -> nn.Mod
     """
     if processes.world_size == 1:
         return model
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    options: dict[str, Any] = {"device_ids": [device.index]} if device.type == "cuda" else {}
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # before torch 2.14
+    return DistributedDataParallel(model, **options, **{name: False}, gradient_as_bucket_view=True)
 
 
 def averaging(model: nn.Module, enabled: bool) -> AbstractContextManager:

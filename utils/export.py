@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint import write_atomic
-from utils.inference import fold_batch_norm, normalize
+from utils.inference import normalize
 
 SMALLEST = 33  # pixels a side of the pictures that a program takes
 SIZES = ((1, 64, 64), (3, 96, 128), (2, 33, 47), (1, 160, 90))  # (batch, height, width) that are tried
@@ -38,7 +38,7 @@ class Exportable(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of pictures as they are read."""
-        return self.model(normalize(images, self.mean, self.std, channels_last=False))
+        return self.model(normalize(images, self.mean, self.std, torch.contiguous_format))
 
 
 def check_target(path: Path) -> None:
@@ -69,23 +69,30 @@ def check_target(path: Path) -> None:
 
 
 def export(
-    model: nn.Module, path: Path, *, mean: Sequence[float], std: Sequence[float], about: dict[str, Any]
+    model: nn.Module,
+    path: Path,
+    *,
+    fold: Callable[[nn.Module, int], nn.Module],
+    mean: Sequence[float],
+    std: Sequence[float],
+    info: dict[str, Any],
 ) -> float | None:
     """Write `model` and compare what was written with it on `SIZES`.
 
     Args:
         model: in eval mode, on the CPU; it is left as it is.
         path: ending in .pt2 or .onnx; see `check_target`.
+        fold: `models.fold_batch_norm`.
         mean: of each channel, in 0..1.
         std: of each channel, in 0..1.
-        about: plain values that go into the file, as JSON under `info`.
+        info: plain values that go into the file, as JSON under `info`.
 
     Returns:
         The largest difference between the file's logits and the network's, as a share of the largest logit;
         None where nothing installed can run the file.
     """
     network = Exportable(model, mean, std).eval()
-    folded = Exportable(fold_batch_norm(copy.deepcopy(model), len(mean)), mean, std).eval()
+    folded = Exportable(fold(copy.deepcopy(model), len(mean)), mean, std).eval()
     if path.suffix == ".onnx":
         for module in folded.modules():
             if hasattr(module, "by_products"):  # a pooling that ONNX has not for free sizes
@@ -97,21 +104,21 @@ def export(
         warnings.simplefilter("ignore")  # about what export itself does
         program = torch.export.export(folded, example, dynamic_shapes=shapes)
         if path.suffix == ".pt2":
-            extra = {"info.json": json.dumps(about)}
+            extra = {"info.json": json.dumps(info)}
             write_atomic(path, lambda file: torch.export.save(program, file, extra_files=extra))
             run: Callable[[Tensor], Tensor] | None = program.module()
         else:
-            run = write_onnx(program, example, path, about)
+            run = write_onnx(program, example, path, info)
     return largest_difference(network, run, len(mean)) if run else None
 
 
 def write_onnx(
-    program: torch.export.ExportedProgram, example: tuple, path: Path, about: dict[str, Any]
+    program: torch.export.ExportedProgram, example: tuple, path: Path, info: dict[str, Any]
 ) -> Callable[[Tensor], Tensor] | None:
     """Write ONNX with the weights inside; a function that runs it, where onnxruntime is installed."""
     names = {"input_names": ["images"], "output_names": ["logits"]}
     proto = torch.onnx.export(program, example, **names, dynamo=True, verbose=False).model_proto
-    proto.metadata_props.add(key="info", value=json.dumps(about))
+    proto.metadata_props.add(key="info", value=json.dumps(info))
     content = proto.SerializeToString()
     write_atomic(path, lambda file: file.write(content))
     if importlib.util.find_spec("onnxruntime") is None:

@@ -230,7 +230,9 @@ def sliding_blocks(
             yield top, left, blend_down.add(row, left, block)
 
 
-def _blend_across(windows: Iterable[Tensor], lefts: Sequence[int], width: int) -> Iterator[tuple[int, Tensor]]:
+def _blend_across(
+    windows: Iterable[Tensor], lefts: Sequence[int], width: int
+) -> Iterator[tuple[int, Tensor]]:
     """Add up one row of weighted windows (C, rows, columns); yield (left, block), each column once."""
     carried = None  # the columns that the next window covers too
     for window, left, next_left in zip(windows, lefts, [*lefts[1:], width], strict=True):

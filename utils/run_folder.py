@@ -36,7 +36,9 @@ def try_output(output_dir: Path, setting: str = "output_dir") -> None:
         TemporaryDirectory(prefix=".writable.", dir=folder).cleanup()
     except OSError as error:
         reason = error.strerror
-        raise OSError(f"{setting} {output_dir} is not writable: {reason}. Choose another {setting}") from error
+        raise OSError(
+            f"{setting} {output_dir} is not writable: {reason}. Choose another {setting}"
+        ) from error
 
 
 def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:

@@ -9,8 +9,10 @@ is not painted by overlays, so that a background leaves the picture as it is.
 import colorsys
 import importlib.util
 import math
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,11 +212,23 @@ def draw_report(
 # --- drawing with matplotlib; imported late, since it takes half a second ---
 
 
+@contextmanager
+def _without_backend() -> Iterator[None]:
+    """Hide MPLBACKEND, for example of a notebook: matplotlib refuses a backend that is not installed."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+
+
 def _render(width: int, height: int, draw: Callable) -> Image.Image:
-    """Let `draw(figure)` fill a white page of so many pixels; no pyplot, hence no global state."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Let `draw(figure)` fill a white page of this size in pixels; no pyplot, hence no global state."""
+    with _without_backend():
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     style = {
         "font.family": "DejaVu Sans", "font.size": 9.5, "text.color": DARK, "text.parse_math": False,
