@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and wrong
     PARSED = end_with(read_flags)
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,26 +30,31 @@ from torch import Tensor, nn
 
 from datasets import DataError, DataReport, check_data
 from datasets.folder import SegmentationDataset
-from datasets.sampling import Loader, epoch_batches, evaluation_items, make_loader
+from datasets.sampling import Loader, epoch_batches, make_loader
 from datasets.transforms import Augmentation, mean_std
 from losses import AuxLoss, build_loss, median_frequency_weights
-from metrics import ConfusionMatrix, Scores, predicted_ids
-from models import build_model, load_pretrained, prepare_for_inference, read_checkpoint
+from metrics import Scores
+from models import build_model, load_pretrained, read_checkpoint
 from models.checkpoint import FORMAT
-from utils import checkpoint as checkpoint_files
 from utils import device as devices
 from utils import distributed, run_folder, visualize
+from utils.checkpoint import plain_weights, save_atomic, sweep, write_json
 from utils.distributed import Processes
 from utils.ema import Ema
-from utils.errors import explain, non_finite_advice
-from utils.evaluation import Evaluation, Evaluator, shares
-from utils.inference import Predictor, image_logits, normalize, restore
+from utils.errors import explain, non_finite_advice, refuse_non_finite
+from utils.evaluation import Evaluation, Validator, best_and_worst
+from utils.inference import normalize
 from utils.monitor import Monitor, Progress, progress_bar
 from utils.optim import Schedule, build_optimizer
-from utils.run_report import SHOWN, RunReport, best_and_worst
+from utils.run_report import SHOWN, RunReport
 from utils.sync_batchnorm import convert_sync_batchnorm
-from utils.tables import format_score, score_columns, write_csv
-from utils.training_state import load_initial_weights, restore_training_state, training_state
+from utils.tables import score_columns
+from utils.training_state import (
+    load_initial_weights,
+    refuse_changed_data,
+    restore_training_state,
+    training_state,
+)
 
 CAN_CHANGE = (
     "num_workers",
@@ -101,7 +106,8 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Result:
         with lock, run.monitor.stop, closing(run.data.loader):
             start(run)
             scores = train(run).scores
-        run.forward = run.parallel = run.model  # the wrapper must go before the process group
+        if processes.world_size > 1:
+            run.forward = run.parallel = run.model  # the wrapper must go before the process group
         distributed.leave()
     except (DataError, OSError, RuntimeError, MemoryError) as error:
         message = explain(error, device, folder, config.memory_savers)
@@ -170,6 +176,7 @@ class Run:
     schedule: Schedule
     progress: Progress
     monitor: Monitor
+    validator: Validator
     report: RunReport
     best: Evaluation | None = None  # of best.pt, if this process evaluated it
 
@@ -197,8 +204,11 @@ def build_run(
     progress = Progress()
     if saved:
         progress = Progress(**saved["progress"])
-        refuse_changes(config, report, progress, folder, saved["fingerprint"])
+        refuse_changed_data(report.fingerprint, saved["fingerprint"], config.data_root, folder)
+        if is_over(config, progress):
+            run_folder.refuse_finished(folder, progress.epoch)
         restore_training_state(saved, model, optimizer, schedule, scaler, ema)
+    loss_fn = build_criterion(config, report).to(device)
     return Run(
         config,
         device,
@@ -210,13 +220,14 @@ def build_run(
         parallel,
         forward=torch.compile(parallel) if config.compile else parallel,
         ema=ema,
-        loss_fn=build_criterion(config, report).to(device),
+        loss_fn=loss_fn,
         optimizer=optimizer,
         scaler=scaler,
         schedule=schedule,
         progress=progress,
         monitor=Monitor(progress, schedule, device, processes, config.save_every_minutes),
-        report=RunReport(folder, data.classes, planned_rates(schedule)),
+        validator=build_validator(config, data, loss_fn, device, precision, processes),
+        report=RunReport(folder, data.classes, schedule.curve()),
     )
 
 
@@ -274,6 +285,21 @@ def build_criterion(config: Config, report: DataReport) -> AuxLoss:
     return AuxLoss(loss_fn, config.aux_weight)
 
 
+def build_validator(
+    config: Config,
+    data: Data,
+    loss_fn: nn.Module,
+    device: torch.device,
+    precision: torch.dtype,
+    processes: Processes,
+) -> Validator:
+    """Build what scores the validation images."""
+    window = config.image_size if config.resize == "crop" else None
+    options = config.pick("num_classes", "ignore_index", "batch_size", "channels_last")
+    options |= {"mean": data.mean, "std": data.std, "window": window}
+    return Validator(data.val, loss_fn, **options, device=device, precision=precision, processes=processes)
+
+
 def build_schedule(
     config: Config, optimizer: torch.optim.Optimizer, num_images: int, processes: Processes
 ) -> Schedule:
@@ -291,23 +317,16 @@ def build_schedule(
     )
 
 
-def planned_rates(schedule: Schedule) -> list[tuple[float, float]]:
-    """Return about 500 points (epoch, learning rate) of the schedule, the last one included."""
-    steps = schedule.steps_per_epoch
-    plan = [(step / steps, lr) for step, lr in enumerate(schedule.plan(), start=1)]
-    return plan[:: -max(1, len(plan) // 500)]
-
-
 def start(run: Run) -> None:
     """Write the settings, draw one augmented batch, and print a summary of the run."""
     config, train_set = run.config, run.data.train
     if not run.processes.is_main:
         return
-    checkpoint_files.sweep(run.folder)
+    sweep(run.folder)
     if run_folder.reopen(run.folder):  # it was finished, and was given more epochs
         save_last(run)
     settings = config.saved | {"versions": run_folder.versions()}
-    checkpoint_files.write_json(run.folder / "config.json", settings)
+    write_json(run.folder / "config.json", settings)
     shown = visualize.spread(len(train_set), 2 * SHOWN)
     images, masks = train_set.batch([(0, index) for index in shown])
     run.report.draw_augmented(images.permute(0, 2, 3, 1).numpy(), masks.numpy())
@@ -325,9 +344,9 @@ def summary(run: Run) -> dict[str, Any]:
         ", ".join(f"{name} {value}" for name, value in options.items())
         for options in (config.model_options, config.loss_options)
     )
-    size = " x ".join(map(str, config.image_size))
     steps = f"{config.epochs} epochs of {schedule.steps_per_epoch} steps, {schedule.warmup_steps} of warm-up"
     device = f"{devices.describe_device(run.device)}, {str(run.precision).removeprefix('torch.')}"
+    size = " x ".join(map(str, config.image_size))
     return {
         "data": f"{config.data_root}, {len(run.data.train)} training, {len(run.data.val)} validation images",
         "classes": f"{config.num_classes}: {', '.join(config.names)}",
@@ -350,8 +369,7 @@ def train(run: Run) -> Evaluation:
         print(f"Epoch {number}/{config.epochs}", flush=True)
         train_one_epoch(run)
         if number % config.val_every == 0 or number == config.epochs:
-            with run.monitor.clock.measure("validation"):
-                evaluation = evaluate(run, averaged_weights(run))
+            evaluation = evaluate(run, averaged_weights(run))
         end_epoch(run, evaluation)
     if progress.epoch < config.epochs:
         print(f"stopped early: no better {config.monitor} for {progress.stalled} validations")
@@ -376,7 +394,7 @@ def train_one_epoch(run: Run) -> None:
             terms = train_step(run, images, masks, epoch, progress.step)
             event = monitor.after_step(terms)
             if event.non_finite_step >= 0:
-                raise non_finite_loss(run, event.non_finite_step, batches[event.non_finite_step])
+                refuse_non_finite_loss(run, event.non_finite_step, batches)
             if event.save:
                 progress.sums = monitor.totals()
                 save_last(run)
@@ -444,16 +462,16 @@ def memory_format(run: Run) -> torch.memory_format:
 
 def averaged_weights(run: Run) -> dict[str, Tensor]:
     """Return the weights that validate and predict: the moving average where there is one."""
-    return run.ema.weights if run.ema else checkpoint_files.plain_weights(run.model)
+    return run.ema.weights if run.ema else plain_weights(run.model)
 
 
-def non_finite_loss(run: Run, step: int, batch: Sequence[int]) -> Fail:
-    """Return the error for a step of this epoch whose loss is not finite; `last.pt` stays as it is."""
-    images = ", ".join(str(run.data.train.pairs[index].image) for index in batch)
+def refuse_non_finite_loss(run: Run, step: int, batches: Sequence[Sequence[int]]) -> None:
+    """Raise Fail for a step of this epoch whose loss is not finite; `last.pt` stays as it is."""
+    images = [str(run.data.train.pairs[index].image) for index in batches[step]]
     lr = run.schedule.rate(run.progress.epoch * run.schedule.steps_per_epoch + step)
     where = f"in epoch {run.progress.epoch + 1}, step {step + 1}"
-    conditions = f"(learning rate {lr:.3g}, {run.precision}), images {images}"
-    return Fail(f"the loss is not finite {where} {conditions}. {non_finite_advice(run.folder)}", 1)
+    conditions = f"(learning rate {lr:.3g}, {run.precision}), images {', '.join(images)}"
+    raise Fail(f"the loss is not finite {where} {conditions}. {non_finite_advice(run.folder)}", 1)
 
 
 def stop(run: Run, number: int) -> None:
@@ -464,71 +482,22 @@ def stop(run: Run, number: int) -> None:
     raise Fail(f"stopped; continue with --resume {quoted(run.folder)}", 128 + number)
 
 
-@torch.no_grad()
 def evaluate(run: Run, weights: dict[str, Tensor]) -> Evaluation:
     """Score weights of the model on the validation images, each once and at its own mask's size."""
-    config, num_images, processes = run.config, len(run.data.val), run.processes
-    distributed.from_main(weights)  # batch norm statistics differ by process
-    rounds = list(shares(num_images, config.batch_size, processes.rank, processes.world_size))
-    where = devices.counting_device(run.device)
-    evaluator = Evaluator(
-        num_images,
-        lambda: ConfusionMatrix(config.num_classes, config.ignore_index, where),
-        predicted_ids,
-        run.loss_fn,
-        run.device,
-    )
-    predictions = predict_validation(run, weights, [indices for _, indices in rounds])
-    with progress_bar(total=num_images, description="validation") as bar:
-        for (size, indices), of_round in zip(rounds, predictions, strict=True):
-            for index, (_, _, mask), logits in zip(indices, *of_round, strict=True):
-                evaluator.add(index, logits, mask)
-            (number,) = distributed.largest([run.monitor.stop.number])
-            if number:  # the validation is repeated on resume
-                save_last(run)
-                stop(run, number)
-            bar.update(size)
-    return evaluator.result()
 
+    def stop_on_signal() -> None:
+        (number,) = distributed.largest([run.monitor.stop.number])
+        if number:  # the validation is repeated on resume
+            save_last(run)
+            stop(run, number)
 
-def predict_validation(
-    run: Run, weights: dict[str, Tensor], batches: Sequence[Sequence[int]]
-) -> Iterator[tuple[list[tuple], Iterator[Tensor]]]:
-    """Predict validation images, batch by batch, with these weights of the model.
-
-    Yields:
-        For each batch of indices its items (see `evaluation_item`), and an iterator over the logits of each,
-        (1, num_classes, H, W).
-    """
-    torch.backends.cudnn.benchmark = False  # it would tune for every size of image
-    config, on_gpu = run.config, run.device.type == "cuda"
-    options = {"device": run.device, "dtype": run.precision, "channels_last": config.channels_last}
-    model = prepare_for_inference(run.model, weights, **options)
-    looks = {"mean": run.data.mean, "std": run.data.std, "memory_format": memory_format(run)}
-    predictor = Predictor(model, **looks, batch_size=config.batch_size)
-    window = config.image_size if config.resize == "crop" else None
-    threads = torch.get_num_threads() if on_gpu else 0  # on a CPU the network needs the cores
-    for items in evaluation_items(run.data.val, batches, threads, pin_memory=on_gpu):
-        images, boxes = [image for image, _, _ in items], [box for _, box, _ in items]
-        yield items, (image_logits(predictor, images, boxes, window) if items else iter(()))
-
-
-def validation_samples(
-    run: Run, weights: dict[str, Tensor], evaluation: Evaluation, shown: Sequence[int]
-) -> list[visualize.Sample]:
-    """Predict some validation images again, to be drawn: image, mask, prediction and caption of each."""
-    samples = []
-    ((items, logits),) = predict_validation(run, weights, [shown])
-    for index, (image, box, mask), of_image in zip(shown, items, logits, strict=True):
-        whole = restore(image[None].float(), box)[0].permute(1, 2, 0).round().byte().numpy()
-        score = format_score(evaluation.image_iou[index])
-        caption = f"{run.data.report.val[index].image.name}  mean IoU {score}"
-        samples.append((whole, mask.numpy(), predicted_ids(of_image)[0].cpu().numpy(), caption))
-    return samples
+    clock, total = run.monitor.clock, len(run.data.val)
+    with clock.measure("validation"), progress_bar(total=total, description="validation") as bar:
+        return run.validator.evaluate(run.model, weights, bar, stop_on_signal)
 
 
 def end_epoch(run: Run, evaluation: Evaluation | None) -> None:
-    """Advance schedule, best score, log, curves and checkpoints by one epoch."""
+    """Advance schedule, best score, checkpoints, log and drawings by one epoch."""
     config, progress, schedule, monitor = run.config, run.progress, run.schedule, run.monitor
     row = {
         "epoch": progress.epoch + 1,
@@ -542,43 +511,40 @@ def end_epoch(run: Run, evaluation: Evaluation | None) -> None:
     score = getattr(evaluation.scores, f"mean_{config.monitor}") if evaluation else None
     schedule.epoch_end(score)
     is_best = progress.end_epoch(row, score)
+    over = is_over(config, progress)
     if is_best:
         run.best = evaluation
         save(run, "best", {"model": averaged_weights(run)})
-    if is_over(config, progress) or monitor.save_due():
+    if over or monitor.save_due():
         save_last(run)
-    if not run.processes.is_main:
-        return
-    with monitor.clock.measure("saving"):
-        write_csv(run.folder / "log.csv", progress.rows)
-        if monitor.clock.share("saving") < 0.1:  # not at every one of many short epochs
-            run.report.draw_curves(progress.rows)
-        last = progress.epoch == config.epochs
-        if evaluation and (last or progress.epoch % max(1, config.epochs // 10) == 0):
-            shown = visualize.spread(len(run.data.val), SHOWN)
-            samples = validation_samples(run, averaged_weights(run), evaluation, shown)
-            run.report.draw_samples(progress.epoch, samples)
-    eta = "" if is_over(config, progress) else monitor.clock.eta(schedule.position, schedule.total_steps)
-    print(run.report.describe_epoch(row, eta, evaluation, is_best), flush=True)
+    if run.processes.is_main:
+        with monitor.clock.measure("saving"):
+            often = monitor.clock.share("saving") < 0.1  # otherwise epochs are short: draw at the end
+            run.report.write_log(progress.rows, draw=often)
+            if evaluation and (over or progress.epoch % max(1, config.epochs // 10) == 0):
+                shown = visualize.spread(len(run.data.val), SHOWN)
+                weights = averaged_weights(run)
+                samples = run.validator.samples(run.model, weights, evaluation.image_iou, shown)
+                run.report.draw_samples(progress.epoch, samples)
+        eta = "" if over else monitor.clock.eta(schedule.position, schedule.total_steps)
+        print(run.report.describe_epoch(row, eta, evaluation, is_best), flush=True)
 
 
 def finish(run: Run) -> Evaluation:
     """Draw the report of `best.pt`, print where everything is, and return the evaluation."""
-    progress, clock = run.progress, run.monitor.clock
+    progress, monitor = run.progress, run.monitor
     distributed.wait_for_all()  # for best.pt
-    best, evaluation = read_checkpoint(run.folder / "best.pt")["model"], run.best
-    if evaluation is None:  # best.pt was written before a resume
-        with clock.measure("validation"):
-            evaluation = evaluate(run, best)
+    best = read_checkpoint(run.folder / "best.pt")["model"]
+    evaluation = run.best or evaluate(run, best)  # best.pt may have been written before a resume
     if run.processes.is_main:
-        with clock.measure("saving"):
-            write_csv(run.folder / "log.csv", progress.rows)
-            run.report.draw_curves(progress.rows)
-            samples = validation_samples(run, best, evaluation, best_and_worst(evaluation.image_iou))
+        with monitor.clock.measure("saving"):
+            run.report.write_log(progress.rows, draw=True)
+            shown = best_and_worst(evaluation.image_iou)
+            samples = run.validator.samples(run.model, best, evaluation.image_iou, shown)
             subtitle = f"{run.config.model} on {run.config.data_root}, best of {len(progress.rows)} epochs"
             run.report.draw_final(progress.rows, evaluation, samples, subtitle)
         memory = f"peak memory {devices.peak_memory(run.device) / 2**30:.1f} GiB"
-        resources = f"time: {clock.describe()}; {memory}"
+        resources = f"time: {monitor.clock.describe()}; {memory}"
         print(run.report.describe_best(progress.best_epoch, evaluation, resources))
     return evaluation
 
@@ -592,16 +558,9 @@ def save_last(run: Run) -> None:
 
 
 def save(run: Run, kind: str, state: dict[str, Any]) -> None:
-    """Write `last.pt` or `best.pt`: `state`, and what prediction needs from a checkpoint, in plain values.
-
-    Raises:
-        Fail: weights are not finite, which the loss has not shown yet; the earlier file stays.
-    """
+    """Write `last.pt` or `best.pt`: `state`, and what prediction needs from a checkpoint, in plain values."""
     config, data = run.config, run.data
-    bad = checkpoint_files.first_non_finite(checkpoint_files.plain_weights(run.model))
-    if bad:
-        where = f"the weights of {bad} are not finite after step {run.schedule.position}"
-        raise Fail(f"{where}. {non_finite_advice(run.folder)}", 1)
+    refuse_non_finite(run.model, run.schedule.position, run.folder)
     info = {
         **config.pick("resize", "ignore_index", "mask_suffix", "amp"),
         "image_size": list(config.image_size),
@@ -618,20 +577,7 @@ def save(run: Run, kind: str, state: dict[str, Any]) -> None:
     content = {"format": FORMAT, "kind": kind, "architecture": architecture, "info": info, **state}
     if run.processes.is_main:
         with run.monitor.clock.measure("saving"):
-            checkpoint_files.save_atomic(content, run.folder / f"{kind}.pt")
-
-
-def refuse_changes(
-    config: Config, report: DataReport, progress: Progress, folder: Path, fingerprint: dict[str, Any]
-) -> None:
-    """Raise ValueError for a run that cannot be resumed: its data has changed, or it is finished."""
-    changed = [part for part, value in fingerprint.items() if report.fingerprint.get(part) != value]
-    if changed:
-        what = f"{config.data_root} has changed since {folder} was started: {', '.join(changed)}"
-        raise ValueError(f"{what}. Restore the old data, or start a new run with --init_from")
-    if is_over(config, progress) and run_folder.is_finished(folder):
-        finished = f"{folder} is finished after {progress.epoch} epochs"
-        raise ValueError(f"{finished}. Start a new run with --init_from")
+            save_atomic(content, run.folder / f"{kind}.pt")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Decoded, resized samples kept as raw bytes, in memory or in a mapped file: a picture is decoded once.
+"""Decoded, resized samples kept as raw bytes, in memory or in a mapped file: each image is decoded once.
 
-A cache is known by everything that its samples depend on (`key`), so a stale one is never found, only swept.
-Each entry has a checksum that is written after it and tested before its first use: a half-written or broken
-entry reads as missing and is made anew. Processes may fill one cache at once; they write the same bytes.
+A cache is keyed by everything that its samples depend on, so that an outdated one is never used, only
+removed. Each entry has a checksum that is written after it and tested before its first use: a half-written
+or damaged entry counts as missing and is made again. Several processes may fill a cache at the same time;
+they write the same bytes.
 """
 
 import mmap
@@ -17,20 +18,20 @@ import numpy as np
 DONE = 1 << 32  # beside the checksum in an entry's state: the entry was written
 SMALL = 256 * 2**20  # bytes that are decoded in seconds: not worth a file
 FILES = ("samples.bin", "state.bin")
-IN_USE = weakref.WeakSet()  # caches that this process opened on a disk: one must not sweep the other
+IN_USE = weakref.WeakSet()  # disk caches opened by this process, which must not remove each other
 
 
 class SampleCache:
     """Byte strings of known lengths by index.
 
-    Without a folder for its files all is kept in memory, shared with workers that are forked later.
+    Without a folder for its files everything is kept in memory, shared with workers that are forked later.
     """
 
     def __init__(self, lengths: list[int], folder: Path | None = None):
         self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         self.folder = folder
         self.full = False
-        self._tested = np.zeros(len(lengths), bool)  # checksums are tested once a process
+        self._tested = np.zeros(len(lengths), bool)  # checksums are tested once per process
         self._samples = np.frombuffer(self._map(FILES[0], int(self.offsets[-1])), np.uint8)
         self._state = np.frombuffer(self._map(FILES[1], 8 * len(lengths)), np.uint64)
 
@@ -40,7 +41,7 @@ class SampleCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / name, "a+b") as file:
             if file.tell() not in (0, size):
-                file.truncate(0)  # not ours or broken: what is missing reads as zeros, which is "not done"
+                file.truncate(0)  # another file, or damaged: zeros mean "not done"
             file.truncate(size)
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
 
@@ -51,7 +52,7 @@ class SampleCache:
         return int(self._state[index]) >= DONE
 
     def get(self, index: int) -> np.ndarray | None:
-        """The bytes of an entry, read-only; None when it is missing or broken."""
+        """Return the bytes of an entry, read-only; None if it is missing or damaged."""
         if index not in self:
             return None
         entry = self._samples[self.offsets[index] : self.offsets[index + 1]]
@@ -63,7 +64,7 @@ class SampleCache:
         return entry
 
     def put(self, index: int, parts: list[np.ndarray]) -> None:
-        """Keep an entry; without room on the disk, keep nothing more."""
+        """Store an entry; once the disk is full, store nothing more."""
         if self.full:
             return
         data = np.concatenate([np.ascontiguousarray(part).view(np.uint8).reshape(-1) for part in parts])
@@ -75,10 +76,10 @@ class SampleCache:
             self.full = True
 
     def _write(self, which: int, offset: int, data: np.ndarray) -> None:
-        """To the map in memory, or to a file.
+        """Write to memory, or to a file.
 
-        Not to a file's map, so that a full disk is an error and not the end of the process; and to a file
-        opened for it, as forked processes share the place in an open one.
+        Not through a file's map, where a full disk would end the process instead of raising an error; and to
+        a newly opened file, because forked processes share the position in an open one.
         """
         if self.folder is None:
             memory = (self._samples, self._state)[which].view(np.uint8)
@@ -95,9 +96,9 @@ def open_cache(
     """Open the cache that `setting` asks for.
 
     Args:
-        setting: auto (memory when small, else the disk, else memory if it fits, else none), ram, disk or off.
+        setting: auto (memory if small, else the disk, else memory if it fits, else none), ram, disk or off.
         cache_dir: folder of all disk caches; None: no disk.
-        key: hexadecimal digest of all that the samples depend on.
+        key: hexadecimal digest of everything that the samples depend on.
         lengths: bytes of each sample.
 
     Returns:
@@ -106,7 +107,7 @@ def open_cache(
     total = sum(lengths)
     size = f"{total / 2**30:.1f} GiB" if total >= 2**30 else f"{total / 2**20:.0f} MiB"
     if setting == "off" or not total:
-        return None, "cache: off, pictures are decoded each time"
+        return None, "cache: off, images are decoded each time"
     if setting == "ram" or (setting == "auto" and total <= min(SMALL, _free_memory() // 2)):
         return SampleCache(lengths), f"cache: {size} in memory"
     why = "no cache_dir"
@@ -115,28 +116,28 @@ def open_cache(
         try:
             if _make_room(folder, total):
                 cache = SampleCache(lengths, folder)
-                os.utime(folder)  # the least recently used go first
+                os.utime(folder)  # the least recently used are removed first
                 IN_USE.add(cache)
                 return cache, f"cache: {size} in {folder}"
-            why = f"{cache_dir} has too little room"
+            why = f"{cache_dir} has too little space"
         except OSError as error:
             why = f"{cache_dir} cannot be written ({error.strerror})"
     if setting == "auto" and total <= _free_memory() // 2:
         return SampleCache(lengths), f"cache: {size} in memory ({why})"
-    return None, f"cache: off, {size} do not fit ({why}); pictures are decoded each time"
+    return None, f"cache: off, {size} do not fit ({why}); images are decoded each time"
 
 
 def _make_room(folder: Path, total: int) -> bool:
-    """Sweep old caches, none in use, until all fit in half of what the disk has without them.
+    """Remove old caches that are not in use until all fit in half of the disk space that they leave.
 
-    Returns False, and sweeps nothing, if they cannot.
+    Returns False, and removes nothing, if they cannot.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     others = [path for path in folder.parent.glob("samples-*") if path.is_dir() and path != folder]
     used = {path: _bytes_in(path) for path in others}
     budget = (shutil.disk_usage(folder.parent).free + sum(used.values()) + _bytes_in(folder)) // 2
     kept = {cache.folder: int(cache.offsets[-1]) for cache in IN_USE if cache.folder in used}
-    used |= kept  # what they will hold once filled
+    used |= kept  # their size once filled
     if total + sum(kept.values()) > budget:
         return False
     for oldest in sorted(used.keys() - kept, key=lambda path: path.stat().st_mtime):
@@ -147,7 +148,7 @@ def _make_room(folder: Path, total: int) -> bool:
 
 
 def _bytes_in(folder: Path) -> int:
-    """Bytes that the disk holds for a folder's files; sparse files count for what is written."""
+    """Return the bytes that a folder's files take on the disk; sparse files count what is written."""
     sizes = [path.stat() for path in folder.glob("*.bin")]
     return sum(getattr(size, "st_blocks", size.st_size // 512) * 512 for size in sizes)
 
@@ -159,4 +160,4 @@ def _free_memory() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return 4 * 2**30  # unknown: take what any machine that trains has
+    return 4 * 2**30  # unknown: assume what any training machine has

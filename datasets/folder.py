@@ -128,7 +128,7 @@ class SegmentationDataset:
             return
         missing = [index for index in range(len(self)) if index not in self.cache][rank::world_size]
         done = self._map(self._source, missing, self.threads)
-        deque(progress(done, len(missing), "decoding pictures") if progress and missing else done, maxlen=0)
+        deque(progress(done, len(missing), "decoding images") if progress and missing else done, maxlen=0)
 
     def _shapes(self, pair: Pair) -> tuple[tuple, tuple]:
         """Shapes of image and mask as the cache keeps them."""

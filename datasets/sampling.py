@@ -1,4 +1,4 @@
-"""Order, batches and loading: which samples come when, in which process; a function of (seed, epoch) alone."""
+"""Order, batches and loading: which samples come when, a function of (seed, epoch) alone."""
 
 import math
 import os
@@ -169,9 +169,9 @@ def make_loader(
         workers = 0 if in_process else min(MOST_WORKERS, max(1, cores - 1), int(min(free // needed, 2**31)))
     if workers * needed > free:
         raise ValueError(
-            f"num_workers {workers} needs {workers * needed / 2**20:.0f} MiB of shared memory for its batches, "
-            f"but {SHARED_MEMORY} has {free / 2**20:.0f} MiB free. Use num_workers 0, which needs none, or "
-            "enlarge it (for example docker run --shm-size 8g)"
+            f"num_workers {workers} needs {workers * needed / 2**20:.0f} MiB of shared memory for its "
+            f"batches; {SHARED_MEMORY} has {free / 2**20:.0f} MiB free. Use num_workers 0, which needs none, "
+            "or enlarge it (for example docker run --shm-size 8g)"
         )
     return Loader(dataset, workers, pin_memory=device_type == "cuda")
 

@@ -78,7 +78,7 @@ def test_a_cache_on_disk_serves_the_next_run_and_is_filled_with_a_bar(tmp_path):
     second = dataset_of(pairs)
     second.use_cache("disk", tmp_path / "cache")
     second.fill_cache(progress=lambda *_: pytest.fail("all is there"))
-    assert equal(second.batch(KEYS), expected) and seen == [(4, "decoding pictures")]
+    assert equal(second.batch(KEYS), expected) and seen == [(4, "decoding images")]
 
 
 @pytest.mark.parametrize("change", ["stamp", "image_size", "encoding", "resize", "order"])
@@ -224,7 +224,7 @@ def test_the_place_is_chosen_by_size_and_said_in_one_line(tmp_path, monkeypatch)
     kept, line = open_cache("auto", tmp_path, "a" * 64, [large])
     assert kept.folder == tmp_path / ("samples-" + "a" * 24) and str(kept.folder) in line
     usage(monkeypatch, free=large)
-    assert open_cache("auto", tmp_path, "b" * 64, [large])[1].endswith("has too little room)")
+    assert open_cache("auto", tmp_path, "b" * 64, [large])[1].endswith("has too little space)")
     usage(monkeypatch, free=large, memory=large)
     kept, line = open_cache("auto", tmp_path, "b" * 64, [large])
     assert kept is None and "do not fit" in line and "\n" not in line
@@ -249,7 +249,7 @@ def test_a_cache_in_use_is_never_swept(tmp_path, monkeypatch):
     train, _ = open_cache("disk", tmp_path, "a" * 64, [1000])
     (tmp_path / f"samples-{'c' * 24}").mkdir()  # of an earlier run; not enough is won by sweeping it
     val, line = open_cache("disk", tmp_path, "b" * 64, [1100])
-    assert val is None and "has too little room" in line and "decoded each time" in line
+    assert val is None and "has too little space" in line and "decoded each time" in line
     val, _ = open_cache("disk", tmp_path, "b" * 64, [1000])
     assert train.folder.exists() and val.folder.exists()
     assert not (tmp_path / f"samples-{'c' * 24}").exists()

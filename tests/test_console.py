@@ -15,7 +15,8 @@ from utils.monitor import Clock, format_time
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_log_file_has_the_table_the_epochs_and_the_scores_and_no_control_codes(settings, capfd):
-    folder = train.main(settings(run_name="mine", epochs=3, val_every=2, class_names=("ground", "square"))).folder
+    config = settings(run_name="mine", epochs=3, val_every=2, class_names=("ground", "square"))
+    folder = train.main(config).folder
     out, err = capfd.readouterr()
     assert err == ""
     assert not re.search(r"[^\n\x20-\x7e]", out)
@@ -28,7 +29,9 @@ def test_a_log_file_has_the_table_the_epochs_and_the_scores_and_no_control_codes
     assert re.fullmatch(r"0\.12 M parameters, \d+ M multiply-adds per image", rows["size"])
     assert rows["folder"] == str(folder)
     assert len(epochs) == 3
-    assert re.match(r"time       about \d+ s for 8 steps, measured over 2 of them, without validation", epochs[0])
+    assert re.match(
+        r"time       about \d+ s for 8 steps, measured over 2 of them, without validation", epochs[0]
+    )
     assert "time " not in epochs[1]
     assert "images/s, about" in epochs[0] and "left" in epochs[1] and " left\n" not in epochs[2]
     for text, validated in zip(epochs, (False, True, True), strict=True):

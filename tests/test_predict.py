@@ -575,7 +575,7 @@ def test_an_output_dir_that_is_no_text_is_refused_where_weights_are_looked_for(t
 def test_a_truth_that_vanishes_meanwhile_ends_the_prediction_with_one_line(args, data, monkeypatch):
     lost = "no such file: masks/07.png"
     monkeypatch.setattr(prediction, "LargeMask", Mock(side_effect=FileNotFoundError(lost)))
-    with pytest.raises(Fail, match=f"cannot go on: {lost}. What was written before is whole") as caught:
+    with pytest.raises(Fail, match=f"cannot go on: {lost}. What was written before is complete") as caught:
         predict.main(args(input=str(data / "val/images"), truth=str(data / "val/masks")))
     assert caught.value.code == 1
 
@@ -628,7 +628,7 @@ def test_an_exported_program_gives_the_networks_logits_for_pictures_of_any_size(
     program = torch.export.load(path, extra_files=found).module()
     pictures = torch.randint(0, 256, (2, 3, 39, 70), dtype=torch.uint8)
     with torch.no_grad():
-        expected = model(normalize(pictures, [0.4] * 3, [0.2] * 3))
+        expected = model(normalize(pictures, [0.4] * 3, [0.2] * 3, torch.contiguous_format))
         assert torch.allclose(program(pictures), expected, atol=1e-3 * float(expected.abs().max()))
     assert json.loads(found["info.json"]) == info
 

@@ -19,9 +19,9 @@ BYTES_PER_PIXEL = 64 * 2  # the largest feature maps have 64 channels of 16 bits
 def keep_freed_memory(largest_weight: int = 0, pixels: int = 0) -> None:
     """Let glibc keep freed memory instead of returning it to the kernel at every step.
 
-    By default large tensors are mapped and unmapped by the kernel at each use, and every page faults in anew.
-    Call this once before the first large tensor, and again when the network is known. Does nothing where the C
-    library is not glibc.
+    By default large tensors are mapped and unmapped by the kernel at each use, and every page faults again.
+    Call this once before the first large tensor, and again when the network is known. Does nothing with a C
+    library other than glibc.
 
     Where feature maps exceed `LARGE_MAP` bytes, blocks larger than that and than the largest weight are still
     returned: kept memory has no holes of their size, and the heap would grow by a fifth. Weights stay below
@@ -50,8 +50,8 @@ def pick_device(name: str, processes: Processes = Processes()) -> torch.device: 
     """Return the device `name`, and make it the current one if it is a GPU.
 
     Args:
-        name: auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:1, mps. Under torchrun, auto and cuda
-            are the GPU whose number is the process's local rank.
+        name: auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:1, mps. Under torchrun, auto and
+            cuda are the GPU whose number is the process's local rank.
         processes: this process among those of the run.
 
     Raises:
@@ -65,8 +65,8 @@ def pick_device(name: str, processes: Processes = Processes()) -> torch.device: 
             device = torch.device("cuda", processes.local_rank)
         elif device.type == "cuda" and processes.world_size > 1:
             raise ValueError(
-                f"device {name!r} names one GPU for {processes.world_size} processes. Use device 'cuda', which "
-                "gives each process a GPU of its own"
+                f"device {name!r} names one GPU for {processes.world_size} processes. Use device 'cuda', "
+                "which gives each process a GPU of its own"
             )
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -147,8 +147,8 @@ def set_threads(processes: Processes) -> None:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to the device, without making the host wait where that is safe.
 
-    Only a copy from pinned memory to a CUDA GPU is asynchronous: torch keeps the pinned source until the copy
-    is done. On mps the source could be freed and reused before (pytorch issues 139550 and 189690).
+    Only a copy from pinned memory to a CUDA GPU is asynchronous: torch keeps the pinned source until the
+    copy is done. On mps the source could be freed and reused before (pytorch issues 139550 and 189690).
     """
     return tensor.to(device, non_blocking=device.type == "cuda" and tensor.is_pinned())
 
@@ -156,7 +156,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def memory_format(channels_last: bool, device: torch.device) -> torch.memory_format:
     """Return the memory format of weights and feature maps.
 
-    On mps always contiguous: the channels_last backward is about 30 times slower there (pytorch issue 193349).
+    On mps always contiguous: the channels_last backward is about 30 times slower there (pytorch issue
+    193349).
     """
     return torch.channels_last if channels_last and device.type != "mps" else torch.contiguous_format
 

@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from utils.cli import quoted
+from utils.checkpoint import first_non_finite, plain_weights
+from utils.cli import Fail, quoted
 from utils.device import is_out_of_memory, peak_memory
 from utils.distributed import is_lost
 
@@ -40,3 +42,11 @@ def non_finite_advice(folder: Path) -> str:
     last = folder / "last.pt"
     kept = f"{last} is the last good state. " if last.exists() else ""
     return f"{kept}Try a lower learning_rate, clip_grad 1, more warmup_steps, or amp off"
+
+
+def refuse_non_finite(model: nn.Module, step: int, folder: Path) -> None:
+    """Raise Fail if weights are not finite after a step, which the loss does not show yet."""
+    name = first_non_finite(plain_weights(model))
+    if name:
+        advice = non_finite_advice(folder)
+        raise Fail(f"the weights of {name} are not finite after step {step}. {advice}", 1)

@@ -28,7 +28,7 @@ def normalize(
     """Return (images / 255 - mean) / std of uint8 images (N, C, H, W), float32 on their device."""
     make = _normalization if not torch.compiler.is_compiling() else _normalization.__wrapped__
     offset, scale = make(tuple(mean), tuple(std), images.device)
-    floats = images.float().sub_(offset).mul_(scale)  # in NCHW: per-channel numbers are slow in channels_last
+    floats = images.float().sub_(offset).mul_(scale)  # contiguous: slow with a number per channel otherwise
     return floats.contiguous(memory_format=memory_format)
 
 
@@ -51,8 +51,8 @@ class Predictor:
         mean: of each channel, in 0..1, as in training.
         std: of each channel, in 0..1, as in training.
         memory_format: of the network's convolutions.
-        tta: test-time augmentation: `flip` averages the logits of the image and its mirror image, `multiscale`
-            those of both at three scales.
+        tta: test-time augmentation: `flip` averages the logits of the image and its mirror image,
+            `multiscale` those of both at three scales.
         batch_size: windows that are computed together where a window slides over an image.
     """
 
@@ -74,7 +74,7 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """Return float32 logits (N, num_classes, H, W) of uint8 images (N, C, H, W), on the network's device."""
+        """Return float32 logits (N, num_classes, H, W) of uint8 images (N, C, H, W), on the device."""
         images = normalize(to_device(images, self.device), self.mean, self.std, self.memory_format)
         if self.tta == "none":
             return self._forward(images)
@@ -251,7 +251,7 @@ class _BlendDown:
         self._carried: Tensor | None = None  # (C, shared rows, W)
 
     def add(self, row: int, left: int, block: Tensor) -> Tensor:
-        """Return those image rows of a block (C, rows, columns) that the next row of windows does not cover."""
+        """Return the image rows of a block (C, rows, columns) that no later window covers."""
         above, below = self._shared[row : row + 2]
         columns, finished = slice(left, left + block.shape[-1]), block.shape[1] - below
         if self._carried is None:

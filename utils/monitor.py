@@ -61,7 +61,7 @@ class Event:
 
 
 class StopSignal:
-    """SIGINT (Ctrl-C) and SIGTERM set `number`, which the loop reads between steps; a second one ends at once.
+    """SIGINT (Ctrl-C) and SIGTERM set `number`, which the loop reads after a step; a second ends at once.
 
     Signals within one second count as one: torchrun sends a Ctrl-C on to processes that have received it
     already. Outside the main thread, where Python allows no signal handlers, nothing is installed.

@@ -180,6 +180,11 @@ class Schedule:
         uncut.cuts = 0
         return [uncut.rate(step) for step in range(self.total_steps)]
 
+    def curve(self, points: int = 500) -> list[tuple[float, float]]:
+        """Return about `points` of the plan as (epoch, learning rate), from the last step backwards."""
+        plan = [(step / self.steps_per_epoch, lr) for step, lr in enumerate(self.plan(), start=1)]
+        return plan[:: -max(1, len(plan) // points)]
+
     def state_dict(self) -> dict:
         """Return what a resumed run needs, in plain values; warm-up stays as it was if the run grows."""
         names = ("position", "best", "waited", "cuts", "warmup_steps")

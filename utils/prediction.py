@@ -1,7 +1,7 @@
 """From image files to mask files: what predict.py does with each image, and `segment` for other code.
 
-The one module of `utils` that imports other packages: it is the path through datasets, models and metrics that
-both a script and a user's own code take.
+The one module of `utils` that imports other packages: it is the path through datasets, models and metrics
+that both predict.py and a user's own code take.
 """
 
 import os
@@ -160,7 +160,7 @@ def predict_all(job: Job) -> ConfusionMatrix | None:
 
 
 def is_large(path: Path, classes: int) -> bool:
-    """Return whether an image is to be predicted in strips; an unreadable file is reported when it is read."""
+    """Return whether an image is predicted in strips; an unreadable file is reported when it is read."""
     try:
         height, width = picture_size(path, upright=False)
     except (ValueError, OSError):

@@ -64,6 +64,12 @@ def is_finished(folder: Path) -> bool:
     return (folder / END_MARK).exists()
 
 
+def refuse_finished(folder: Path, epochs: int) -> None:
+    """Raise ValueError if the run in the folder has reached its end, after `epochs`."""
+    if is_finished(folder):
+        raise ValueError(f"{folder} is finished after {epochs} epochs. Start a new run with --init_from")
+
+
 def reopen(folder: Path) -> bool:
     """Make a finished run an unfinished one; return whether it was finished."""
     finished = is_finished(folder)

@@ -12,7 +12,7 @@ from utils.checkpoint import write_image
 from utils.cli import quoted
 from utils.evaluation import Evaluation
 from utils.run_folder import END_MARK
-from utils.tables import class_table, format_score, mean_scores
+from utils.tables import class_table, format_score, mean_scores, write_csv
 
 SHOWN = 4  # images in a panel
 
@@ -37,9 +37,11 @@ class RunReport:
         panel = visualize.augmented_panel(images, masks, self.classes)
         write_image(self.folder / "samples" / "augmented.png", panel)
 
-    def draw_curves(self, rows: list[dict[str, Any]]) -> None:
-        """Write `curves.png`: the rows of the log, and the planned learning rate."""
-        write_image(self.folder / "curves.png", visualize.draw_curves(rows, self.learning_rates))
+    def write_log(self, rows: list[dict[str, Any]], draw: bool) -> None:
+        """Write `log.csv`, one row per epoch; `draw` also draws it as `curves.png`."""
+        write_csv(self.folder / "log.csv", rows)
+        if draw:
+            write_image(self.folder / "curves.png", visualize.draw_curves(rows, self.learning_rates))
 
     def draw_samples(self, epoch: int, samples: Sequence[visualize.Sample]) -> None:
         """Write the validation samples of an epoch to `samples/`."""
@@ -87,9 +89,3 @@ class RunReport:
                 f"{quoted(self.folder / 'best.pt')}",
             ]
         )
-
-
-def best_and_worst(scores: Sequence[float]) -> list[int]:
-    """Return the indices of the two best scores and the two worst, as far as there are so many."""
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    return order[:2] + order[2:][-2:]

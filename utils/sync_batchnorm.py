@@ -13,8 +13,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` whose training statistics are those of the batches of all processes together.
 
     Replaces torch's SyncBatchNorm, which selects the processes that have data by a boolean mask, three times
-    per layer and step: each makes the host wait for the GPU. Here every process has data. It also runs on CPUs
-    and stays a BatchNorm2d, so that it is folded into convolutions like any other.
+    per layer and step: each makes the host wait for the GPU. Here every process has data. It also runs on
+    CPUs, and stays a BatchNorm2d, so that it is folded into convolutions like any other.
 
     Shape:
         (N, C, H, W) → (N, C, H, W).

@@ -1,6 +1,7 @@
 """The state of a training run: what `last.pt` holds beside the settings, and how it is restored."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,14 +51,29 @@ def restore_training_state(
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"last.pt does not fit the network of its settings: {reason}. Use the code that wrote it, or start "
-            "a new run from its weights with --init_from"
+            f"last.pt does not fit the network of its settings: {reason}. Use the code that wrote it, or "
+            "start a new run from its weights with --init_from"
         ) from error
     schedule.load_state_dict(saved["schedule"])
     if saved["scaler"]:  # a run at another precision than fp16 has none
         scaler.load_state_dict(saved["scaler"])
     if ema:
         ema.load(saved["ema"], saved["ema_steps"])
+
+
+def refuse_changed_data(now: dict[str, Any], saved: dict[str, Any], data_root: str, folder: Path) -> None:
+    """Raise ValueError if the data is not what the run in `folder` was started with.
+
+    Args:
+        now: fingerprint of the data, by part.
+        saved: the same when the run was started.
+        data_root: for the message.
+        folder: of the run.
+    """
+    changed = [part for part, value in saved.items() if now.get(part) != value]
+    if changed:
+        what = f"{data_root} has changed since {folder} was started: {', '.join(changed)}"
+        raise ValueError(f"{what}. Restore the old data, or start a new run with --init_from")
 
 
 def load_initial_weights(

@@ -1,9 +1,9 @@
-"""Pictures of masks and of training: palette, overlays, legends, panels, curves and the final report.
+"""Images of masks and of training: palette, overlays, legends, panels, curves and the final report.
 
-Arrays and plain values in, a `PIL.Image` out; nothing here touches the disk. Pictures are uint8 (H, W) or
+Arrays and plain values in, a `PIL.Image` out; nothing here touches the disk. Images are uint8 (H, W) or
 (H, W, C): one channel is shown as grey, of more than three the first three. Class ids are integers (H, W);
-one that is `ignore_index`, or no class at all, is drawn in the grey `IGNORED`. A class whose colour is black
-is not painted by overlays, so that a background leaves the picture as it is.
+`ignore_index`, and ids that are no class, are drawn in the grey `IGNORED`. Overlays do not draw a class
+whose color is black, so that a background leaves the image as it is.
 """
 
 import colorsys
@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-Palette = Sequence[Sequence[int]]  # a colour a class: red, green, blue, 0 to 255
-Rows = Sequence[Mapping[str, float]]  # of log.csv, one an epoch; missing and NaN values are gaps
+Palette = Sequence[Sequence[int]]  # one color per class: red, green, blue, 0 to 255
+Rows = Sequence[Mapping[str, float]]  # of log.csv, one per epoch; missing and NaN values are gaps
 Plan = Sequence[tuple[float, float]]  # (epoch, learning rate) points of the whole schedule
-Sample = tuple[np.ndarray, np.ndarray, np.ndarray, str]  # picture, truth, prediction, caption
+Sample = tuple[np.ndarray, np.ndarray, np.ndarray, str]  # image, mask, prediction, caption
 
 
 class Classes(NamedTuple):
-    """How classes are called and painted."""
+    """Names and colors of the classes."""
 
     names: Sequence[str]
     palette: Palette
@@ -36,18 +36,18 @@ class Classes(NamedTuple):
 
 IGNORED = (160, 160, 160)
 WRONG = (213, 50, 40)
-DARK, FAINT = "#262a30", "#70767e"  # of letters
+DARK, FAINT = "#262a30", "#70767e"  # text colors
 TRAIN_COLOR, VAL_COLOR = "#3778b8", "#d1662a"
-WIDTH = 1280  # of the report, in pixels
+WIDTH = 1280  # of the report, pixels
 GAP = 8
 
-# Distinct for the colour-blind too: seven of Okabe and Ito (2008), then four of Paul Tol's muted scheme.
+# Distinct for the color-blind too: seven of Okabe and Ito (2008), then four of Paul Tol's muted scheme.
 FIRST_COLORS = [
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
     (204, 121, 167), (136, 34, 85), (153, 153, 51), (51, 34, 136), (221, 221, 221),
 ]  # fmt: skip
 
-CURVES = {  # title of a plot: its lines, by column in log.csv, and their labels
+CURVES = {  # title of a plot: {column of log.csv: label of its line}
     "Loss": {"train_loss": "train", "val_loss": "validation"},
     "Validation scores": {"mean_iou": "mean IoU", "mean_dice": "mean Dice"},
     "Learning rate": {"learning_rate": "used"},
@@ -55,7 +55,7 @@ CURVES = {  # title of a plot: its lines, by column in log.csv, and their labels
 
 
 def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
-    """Give `num_classes` distinct (r, g, b): black for class 0, then a fixed sequence."""
+    """Return `num_classes` distinct (r, g, b): black for class 0, then a fixed sequence."""
     colors = dict.fromkeys([(0, 0, 0), *FIRST_COLORS])  # in order, each once
     step = 0
     while len(colors) < num_classes:  # hues by the golden ratio, so that neighbours in the list lie far apart
@@ -67,18 +67,18 @@ def default_palette(num_classes: int) -> list[tuple[int, int, int]]:
 
 
 def colorize(ids: np.ndarray, palette: Palette, ignore_index: int | None = None) -> np.ndarray:
-    """Paint class ids (H, W) in the palette's colours, uint8 (H, W, 3)."""
+    """Return class ids (H, W) in the palette's colors, uint8 (H, W, 3)."""
     known = _counted(ids, palette, ignore_index)
-    picture = np.array(palette, dtype=np.uint8)[np.where(known, ids, 0)]
-    picture[~known] = IGNORED
-    return picture
+    image = np.array(palette, dtype=np.uint8)[np.where(known, ids, 0)]
+    image[~known] = IGNORED
+    return image
 
 
 def mask_image(ids: np.ndarray, palette: Palette) -> Image.Image:
-    """Make the picture to save as a PNG: ids as palette indices up to 256 classes, as 16-bit grey above.
+    """Return the image to save as a PNG: ids as palette indices up to 256 classes, as 16-bit grey above.
 
     Raises:
-        ValueError: if an id does not fit, which would otherwise come back as another class.
+        ValueError: an id does not fit, and would be read back as another class.
     """
     wide = len(palette) > 256
     limit = 65535 if wide else 255
@@ -89,41 +89,41 @@ def mask_image(ids: np.ndarray, palette: Palette) -> Image.Image:
         )
     if wide:
         return Image.fromarray(ids.astype(np.uint16))
-    picture = Image.fromarray(ids.astype(np.uint8))
-    # All 256 entries, so that PNG keeps eight bits a pixel and ids beyond the classes survive.
+    image = Image.fromarray(ids.astype(np.uint8))
+    # All 256 entries, so that PNG keeps eight bits per pixel and ids beyond the classes survive.
     colors = [*palette, *[IGNORED] * (256 - len(palette))]
-    picture.putpalette(np.array(colors, dtype=np.uint8).tobytes())
-    return picture
+    image.putpalette(np.array(colors, dtype=np.uint8).tobytes())
+    return image
 
 
 def overlay(
     image: np.ndarray, ids: np.ndarray, palette: Palette, ignore_index: int | None = None
 ) -> Image.Image:
-    """Lay the classes' colours half over a picture, with a line of full colour where two classes meet."""
-    picture = _rgb(image)
+    """Blend the classes' colors over an image, with a line of full color where two classes meet."""
+    canvas = _rgb(image)
     line = max(1, round(min(ids.shape) / 400))
     strength = np.full(ids.shape, 128, dtype=np.uint16)  # of 256
     for near, far in ((np.s_[:, :-line], np.s_[:, line:]), (np.s_[:-line], np.s_[line:])):
         meets = ids[near] != ids[far]
         strength[near][meets] = strength[far][meets] = 256
-    result = np.empty_like(picture)
-    for top in range(0, len(ids), 512):  # in strips: the products need four times the picture's memory
+    result = np.empty_like(canvas)
+    for top in range(0, len(ids), 512):  # in strips: the products need four times the image's memory
         rows = slice(top, top + 512)
         color = colorize(ids[rows], palette, ignore_index)
         share = (strength[rows] * color.any(-1))[..., None]
-        result[rows] = (picture[rows] * (256 - share) + color * share) >> 8
+        result[rows] = (canvas[rows] * (256 - share) + color * share) >> 8
     return Image.fromarray(result)
 
 
-def with_legend(picture: Image.Image, class_names: Sequence[str], palette: Palette) -> Image.Image:
-    """Put a strip with a swatch and a name a class under a picture."""
-    size = min(64, max(13, round(max(picture.size) / 55)))
-    legend = _legend(Classes(class_names, palette), max(picture.width, 15 * size), size)
-    return _join([picture.convert("RGB"), legend], gap=0)
+def with_legend(image: Image.Image, class_names: Sequence[str], palette: Palette) -> Image.Image:
+    """Add a strip with a swatch and a name per class below an image."""
+    size = min(64, max(13, round(max(image.size) / 55)))
+    legend = _legend(Classes(class_names, palette), max(image.width, 15 * size), size)
+    return _join([image.convert("RGB"), legend], gap=0)
 
 
 def spread(total: int, count: int) -> list[int]:
-    """At most `count` of `total` indices, evenly apart: neighbours are often frames of one video."""
+    """Return at most `count` of `total` indices, evenly spaced: neighbors are often frames of one video."""
     count = min(count, total)
     return [total * place // count for place in range(count)]
 
@@ -131,28 +131,31 @@ def spread(total: int, count: int) -> list[int]:
 def sample_panels(
     rows: Sequence[Sample], classes: Classes, tile_width: int | None = None, legend: bool = True
 ) -> Image.Image:
-    """Show pictures beside what they hold and what was found: picture, truth, prediction, errors.
+    """Show images beside their masks and predictions, one row per sample.
 
-    All of one size within a row. `tile_width` is that of each picture in the panel; None takes it from the
-    widest picture, within limits.
+    Args:
+        rows: arrays of one size within a row.
+        classes: names, colors and ignore_index.
+        tile_width: of each image in the panel, pixels; None takes it from the widest image, within limits.
+        legend: add the classes' colors and names.
     """
     tile_width = tile_width or min(300, max(180, *(image.shape[1] for image, *_ in rows)))
-    lines = [_heads(["picture", "truth", "prediction", "errors"], tile_width)]
-    for image, truth, preds, caption in rows:
-        counted = _counted(truth, classes.palette, classes.ignore_index)
+    lines = [_heads(["image", "ground truth", "prediction", "errors"], tile_width)]
+    for image, mask, preds, caption in rows:
+        counted = _counted(mask, classes.palette, classes.ignore_index)
         errors = (_rgb(image).mean(-1, keepdims=True) * 0.25 + 190).astype(np.uint8).repeat(3, -1)
-        errors[counted & (truth != preds)] = WRONG
+        errors[counted & (mask != preds)] = WRONG
         errors[~counted] = IGNORED
-        masks = [colorize(ids, classes.palette, classes.ignore_index) for ids in (truth, preds)]
+        masks = [colorize(ids, classes.palette, classes.ignore_index) for ids in (mask, preds)]
         lines.append(_tiles([_rgb(image), *masks, errors], tile_width))
         lines.append(_line(caption, lines[0].width, 12, FAINT))
     if legend:
-        lines.append(_legend(classes, lines[0].width, 14, [truth for _, truth, *_ in rows]))
+        lines.append(_legend(classes, lines[0].width, 14, [mask for _, mask, *_ in rows]))
     return _join(lines, margin=(GAP, GAP))
 
 
 def augmented_panel(images: np.ndarray, masks: np.ndarray, classes: Classes) -> Image.Image:
-    """Show a batch as the network sees it, each picture beside its overlay, two pairs a line.
+    """Show a batch as the network sees it, each image beside its overlay, two pairs per line.
 
     Images are uint8 (N, H, W, C), after augmentation and before normalisation, masks class ids (N, H, W).
     """
@@ -161,14 +164,14 @@ def augmented_panel(images: np.ndarray, masks: np.ndarray, classes: Classes) -> 
         drawn = overlay(image, mask, classes.palette, ignore_index=classes.ignore_index)
         tiles += [_rgb(image), np.asarray(drawn)]
     tile_width = min(300, max(180, images.shape[2]))
-    lines = [_heads(["picture", "with mask"] * min(2, len(images)), tile_width)]
+    lines = [_heads(["image", "with mask"] * min(2, len(images)), tile_width)]
     lines += [_tiles(tiles[first : first + 4], tile_width) for first in range(0, len(tiles), 4)]
     lines.append(_legend(classes, lines[0].width, 14, masks))
     return _join(lines, margin=(GAP, GAP))
 
 
 def draw_curves(rows: Rows, plan: Plan = ()) -> Image.Image:
-    """Draw loss, scores and learning rate over the epochs, the plan as a faint line."""
+    """Draw loss, scores and learning rate over the epochs, the planned rate as a faint line."""
     return _render(WIDTH, 380, lambda figure: _draw_lines(figure, rows, plan))
 
 
@@ -182,11 +185,17 @@ def draw_report(
     title: str,
     subtitle: str = "",
 ) -> Image.Image:
-    """Draw a run as one page: scores, curves, a bar a class, confusion matrix, best and worst pictures.
+    """Draw a run as one page: scores, curves, a bar per class, confusion matrix, best and worst images.
 
-    `scores` are those of `counts` (C, C), the confusion matrix in pixels, truth down, prediction across.
-    Of the samples, if any, the first two are the best and the others the worst. The title is the run's name,
-    the subtitle a line of what ran.
+    Args:
+        rows: of log.csv.
+        plan: (epoch, learning rate) points.
+        classes: names, colors and ignore_index.
+        scores: a `metrics.Scores` of `counts`.
+        counts: confusion matrix (C, C) in pixels; rows are the target, columns the prediction.
+        samples: the first two are the best images, the others the worst.
+        title: the run's name.
+        subtitle: model and data.
     """
     height = min(780, max(430, 110 + 20 * len(counts)))  # of bars and matrix, below the curves' 300
 
@@ -201,10 +210,10 @@ def draw_report(
     halves = []
     for words, half in (("Best", samples[:2]), ("Worst", samples[2:])):
         if half:
-            heading = _join([_line(f"{words} validation pictures", 584, 16, bold=True)], margin=(GAP, GAP))
+            heading = _join([_line(f"{words} validation images", 584, 16, bold=True)], margin=(GAP, GAP))
             halves.append(_join([heading, sample_panels(half, classes, 140, legend=False)], gap=0))
     if halves:
-        legend = _legend(classes, WIDTH - 48, 15, [truth for _, truth, *_ in samples])
+        legend = _legend(classes, WIDTH - 48, 15, [mask for _, mask, *_ in samples])
         parts.append(_join([_join(halves, across=True, gap=32), legend], margin=(24, 0)))
     return _join(parts, gap=4)
 
@@ -224,7 +233,7 @@ def _without_backend() -> Iterator[None]:
 
 
 def _render(width: int, height: int, draw: Callable) -> Image.Image:
-    """Let `draw(figure)` fill a white page of this size in pixels; no pyplot, hence no global state."""
+    """Let `draw(figure)` fill a white page of this size in pixels; without pyplot and its global state."""
     with _without_backend():
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -295,7 +304,7 @@ def _draw_bars(axes: Any, classes: Classes, iou: np.ndarray, dice: np.ndarray) -
 
 
 def _draw_matrix(axes: Any, class_names: Sequence[str], counts: np.ndarray) -> None:
-    """Draw the confusion matrix in per cent of each true class; numbers up to 30 classes, names up to 40."""
+    """Draw the confusion matrix in percent of each target class; numbers up to 30 classes, names up to 40."""
     totals, classes = counts.sum(1, keepdims=True), len(counts)
     share = 100 * counts / np.where(totals > 0, totals, np.nan)
     axes.set_facecolor("#f1f2f4")  # shows through where a class is absent
@@ -321,14 +330,14 @@ def _draw_matrix(axes: Any, class_names: Sequence[str], counts: np.ndarray) -> N
 
 @lru_cache(maxsize=64)
 def _font(size: int, bold: bool = False) -> Any:
-    """DejaVu Sans as matplotlib brings it (Latin, Greek, Cyrillic and more), found without importing that."""
+    """Return DejaVu Sans from matplotlib's files (Latin, Greek, Cyrillic and more), without importing it."""
     folder = importlib.util.find_spec("matplotlib").submodule_search_locations[0]
     path = Path(folder, "mpl-data", "fonts", "ttf", f"DejaVuSans{'-Bold' * bold}.ttf")
     return ImageFont.truetype(str(path), size)
 
 
 def _fitted(text: str, font: Any, width: float) -> str:
-    """Cut a text to one line of so many pixels, with an ellipsis where it was longer."""
+    """Cut a text to one line of this width in pixels, with an ellipsis where it was longer."""
     text = whole = " ".join(text.split())
     while font.getlength(text) > width and text != "…":
         whole = whole[:-1]
@@ -337,31 +346,31 @@ def _fitted(text: str, font: Any, width: float) -> str:
 
 
 def _line(text: str, width: int, size: int, color: Any = DARK, bold: bool = False) -> Image.Image:
-    """A strip of this width with one line of text."""
+    """Return a strip of this width with one line of text."""
     strip, font = Image.new("RGB", (width, round(1.5 * size)), "white"), _font(size, bold)
     ImageDraw.Draw(strip).text((0, 0.75 * size), _fitted(text, font, width), color, font, anchor="lm")
     return strip
 
 
 def _heads(words: Sequence[str], tile_width: int) -> Image.Image:
-    """The line over a panel's columns."""
+    """Return the headings of a panel's columns."""
     return _join([_line(text, tile_width, 15, bold=True) for text in words], across=True)
 
 
-def _tiles(pictures: Sequence[np.ndarray], tile_width: int) -> Image.Image:
-    """Pictures of one size side by side, fitted into tiles of this width and at most 1.4 times its height."""
-    height, width = pictures[0].shape[:2]
+def _tiles(images: Sequence[np.ndarray], tile_width: int) -> Image.Image:
+    """Return images of one size side by side, in tiles of this width and at most 1.4 times that height."""
+    height, width = images[0].shape[:2]
     scale = min(tile_width / width, 1.4 * tile_width / height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     border = (0, 0, tile_width - size[0], 0)
-    fitted = [Image.fromarray(picture).resize(size, Image.Resampling.BOX) for picture in pictures]
-    return _join([ImageOps.expand(picture, border, "white") for picture in fitted], across=True)
+    fitted = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in images]
+    return _join([ImageOps.expand(image, border, "white") for image in fitted], across=True)
 
 
-def _legend(classes: Classes, width: int, size: int, truths: Sequence[np.ndarray] = ()) -> Image.Image:
-    """A strip of swatches and names in columns of equal width, with `IGNORED` where truths hold it."""
+def _legend(classes: Classes, width: int, size: int, masks: Sequence[np.ndarray] = ()) -> Image.Image:
+    """Return swatches and names in columns of equal width; with `IGNORED` if a mask has ignored pixels."""
     entries = list(zip(classes.names, classes.palette, strict=False))
-    if not all(_counted(truth, classes.palette, classes.ignore_index).all() for truth in truths):
+    if not all(_counted(mask, classes.palette, classes.ignore_index).all() for mask in masks):
         entries.append(("ignored", IGNORED))
     font, margin, row = _font(size), round(0.7 * size), round(1.75 * size)
     room = width - 2 * margin
@@ -380,7 +389,7 @@ def _legend(classes: Classes, width: int, size: int, truths: Sequence[np.ndarray
 
 
 def _heading(title: str, subtitle: str, scores: Any) -> Image.Image:
-    """The report's head: its title, and the scores in large figures at the right."""
+    """Return the report's head: its title, and the scores in large figures at the right."""
     parts = [_join([_line(title, WIDTH - 574, 32, bold=True), _line(subtitle, WIDTH - 574, 15, FAINT)])]
     for name in ("mean IoU", "mean Dice", "pixel accuracy"):
         value = getattr(scores, name.lower().replace(" ", "_"))
@@ -390,25 +399,25 @@ def _heading(title: str, subtitle: str, scores: Any) -> Image.Image:
 
 
 def _join(
-    pictures: Sequence[Image.Image], across: bool = False, gap: int = GAP, margin: tuple[int, int] = (0, 0)
+    images: Sequence[Image.Image], across: bool = False, gap: int = GAP, margin: tuple[int, int] = (0, 0)
 ) -> Image.Image:
-    """Pictures under one another, or side by side, on a white page."""
-    widths, heights = zip(*(picture.size for picture in pictures), strict=True)
-    gaps, (x, y) = gap * (len(pictures) - 1), margin
+    """Return images below one another, or side by side, on a white page."""
+    widths, heights = zip(*(image.size for image in images), strict=True)
+    gaps, (x, y) = gap * (len(images) - 1), margin
     width, height = (sum(widths) + gaps, max(heights)) if across else (max(widths), sum(heights) + gaps)
     page = Image.new("RGB", (width + 2 * x, height + 2 * y), "white")
-    for picture in pictures:
-        page.paste(picture, (x, y))
-        x, y = (x + picture.width + gap, y) if across else (x, y + picture.height + gap)
+    for image in images:
+        page.paste(image, (x, y))
+        x, y = (x + image.width + gap, y) if across else (x, y + image.height + gap)
     return page
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:
-    """Any uint8 picture as (H, W, 3)."""
+    """Return any uint8 image as (H, W, 3)."""
     image = np.atleast_3d(image)
     return image[..., :3] if image.shape[-1] >= 3 else image[..., :1].repeat(3, -1)
 
 
 def _counted(ids: np.ndarray, palette: Palette, ignore_index: int | None) -> np.ndarray:
-    """Where ids are classes that count."""
+    """Return where ids are classes that are not ignored."""
     return (ids >= 0) & (ids < len(palette)) & (ids != ignore_index)
