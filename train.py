@@ -102,10 +102,12 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Result:
                 folder = run_folder.create_run(Path(config.output_dir), config.run_name, config.model)
             folder = distributed.value_of_main(folder)
             lock = run_folder.lock(folder) if processes.is_main else nullcontext()
-            run = build_run(config, report, device, precision, model, processes, folder, saved)
-        with lock, run.monitor.stop, closing(run.data.loader):
-            start(run)
-            scores = train(run).scores
+        with lock:
+            with mendable():
+                run = build_run(config, report, device, precision, model, processes, folder, saved)
+            with run.monitor.stop, closing(run.data.loader):
+                start(run)
+                scores = train(run).scores
         if processes.world_size > 1:
             run.forward = run.parallel = run.model  # the wrapper must go before the process group
         distributed.leave()

@@ -356,7 +356,7 @@ def test_a_run_that_dies_before_its_last_row_is_written_has_it_after_resuming(se
 
     train.main(settings(epochs=1, run_name="short"))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_csv", no_room)
+        patch.setattr("utils.run_report.write_csv", no_room)
         with pytest.raises(Fail, match="No space left"):
             train.main(settings(epochs=1))
     folder = Path(settings().output_dir) / "run"
