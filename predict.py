@@ -64,6 +64,7 @@ class Args:
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     PARSED = end_with(lambda: parse(Args, sys.argv[1:], __doc__))
 
+import copy
 import math
 import time
 from collections import Counter
@@ -85,7 +86,7 @@ from datasets.large import LargeMask, LargePicture, picture_size
 from datasets.reading import load_fitted
 from datasets.transforms import Box, fit, resize_mask
 from metrics import ConfusionMatrix, predicted_ids
-from models import load_model
+from models import fold_batch_norm, load_model, prepare_for_inference
 from utils import visualize
 from utils.checkpoint import write_atomic, write_image
 from utils.device import describe_device, keep_freed_memory, pick_device, pick_precision
@@ -127,7 +128,7 @@ def segment(model: nn.Module, picture: np.ndarray) -> np.ndarray:
             "datasets.read_image gives one of a file."
         )
     info, device = model.info, next(model.parameters()).device
-    network = Network(model, mean=info.mean, std=info.std, device=device, precision=torch.float32, fold=False)
+    network = Network(model, mean=info.mean, std=info.std, device=device, precision=torch.float32)
     image, box = fit(picture, info.image_size, info.resize)
     logits = picture_logits(network, [chw(image)], [box], window_of(info, None))
     return predicted_ids(next(logits))[0].cpu().numpy()
@@ -223,6 +224,7 @@ def prepare(args: Args, weights: Path) -> Work:
         print(f"{output} holds earlier predictions: those of the same pictures are replaced")
     elif (output / "masks").exists():
         raise FileExistsError(f"{output / 'masks'} exists and is not from a prediction. Give another output")
+    model = prepare_for_inference(model, device=device, dtype=precision)
     network = Network(model, mean=info.mean, std=info.std, device=device, precision=precision, tta=args.tta)
     print(
         f"{weights}: {info.architecture['name']}, {len(info.class_names)} classes, epoch {info.epoch}; "
@@ -484,7 +486,8 @@ def write_network(weights: Path, path: Path) -> None:
     model = load_model(weights)
     info = model.info
     about = {k: vars(info)[k] for k in ("class_names", "image_size", "resize", "palette", "epoch")}
-    difference = export(model, path, mean=info.mean, std=info.std, about=about)
+    folded = fold_batch_norm(copy.deepcopy(model), len(info.mean))
+    difference = export(model, path, mean=info.mean, std=info.std, about=about, folded=folded)
     channels, classes = info.architecture["in_channels"], info.architecture["num_classes"]
     least = f", {SMALLEST} pixels a side or more" if path.suffix == ".pt2" else ""
     pictures = f"pictures uint8 (N, {channels}, H, W){least}, as read"

@@ -37,7 +37,7 @@ from datasets.sampling import Loader, epoch_batches
 from datasets.transforms import Augmentation, mean_std
 from losses import AuxLoss, build_loss, median_frequency_weights
 from metrics import ConfusionMatrix, Scores, predicted_ids
-from models import build_model, load_pretrained, read_checkpoint
+from models import build_model, load_pretrained, prepare_for_inference, read_checkpoint
 from models.checkpoint import FORMAT
 from utils import checkpoint as files
 from utils import device as machine
@@ -118,7 +118,8 @@ def build_network(config: Config, fresh: bool) -> nn.Module:
         missing = [name for name in own if name in skipped]
         frozen = [name for name in missing if config.freeze_backbone and name.startswith("backbone.")]
         problem = ""
-        if len(missing) == len(own):
+        kernels = [name for name, value in model.state_dict().items() if value.dim() > 1]
+        if not set(kernels) - set(missing):  # a bias of the classifier may still have the same shape
             problem = f"none of its weights fits {config.model}"
         elif frozen and config.pretrained == "none":
             problem = f"freeze_backbone, but {frozen[0]} is not in it, or of another shape"
@@ -366,9 +367,9 @@ def train_step(run: Run, images: Tensor, masks: Tensor, epoch: int, step: int) -
         with distributed.averaging(run.forward, number == len(parts)):
             with machine.autocast(run.device, run.precision):
                 logits = run.forward(inputs)
-            loss = run.loss_fn(logits, part_masks, denominator)
+            loss, terms = run.loss_fn.with_terms(logits, part_masks, denominator)
             run.scaler.scale(loss).backward()
-        for name, value in {"loss": loss.detach(), **run.loss_fn.terms}.items():
+        for name, value in {"loss": loss.detach(), **terms}.items():
             total[name] = total[name] + value if name in total else value
     if config.clip_grad:
         run.scaler.unscale_(run.optimizer)
@@ -464,8 +465,9 @@ def evaluate(run: Run, weights: dict[str, Tensor]) -> Evaluation:
 
 def ready_network(run: Run, weights: dict[str, Tensor]) -> Network:
     """The model with these weights, ready to predict."""
-    looks = {"mean": run.mean, "std": run.std, "channels_last": run.config.channels_last}
-    return Network(run.model, weights, device=run.device, precision=run.precision, **looks)
+    layout = {"device": run.device, "channels_last": run.config.channels_last}
+    model = prepare_for_inference(run.model, weights, dtype=run.precision, **layout)
+    return Network(model, mean=run.mean, std=run.std, precision=run.precision, **layout)
 
 
 def validation_logits(run: Run, network: Network, batch: Sequence[int]) -> Iterator[tuple]:

@@ -5,7 +5,6 @@ Batch, height and width are free, from 33 pixels a side. What is written is run 
 the network it was made of; a program from elsewhere is never loaded.
 """
 
-import copy
 import importlib.util
 import json
 import warnings
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint import write_atomic
-from utils.inference import fold_batch_norm, normalize
+from utils.inference import normalize
 
 SMALLEST = 33  # pixels a side of the pictures that a program takes
 SIZES = ((1, 64, 64), (3, 96, 128), (2, 33, 47), (1, 160, 90))  # (batch, height, width) that are tried
@@ -69,7 +68,13 @@ def check_target(path: Path) -> None:
 
 
 def export(
-    model: nn.Module, path: Path, *, mean: Sequence[float], std: Sequence[float], about: dict[str, Any]
+    model: nn.Module,
+    path: Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    about: dict[str, Any],
+    folded: nn.Module | None = None,
 ) -> float | None:
     """Write `model` and compare what was written with it on `SIZES`.
 
@@ -79,17 +84,14 @@ def export(
         mean: of each channel, in 0..1.
         std: of each channel, in 0..1.
         about: plain values that go into the file, as JSON under `info`.
+        folded: the same function with batch norm folded (`models.fold_batch_norm` of a copy), to write.
 
     Returns:
         The largest difference between the file's logits and the network's, as a share of the largest logit;
         None where nothing installed can run the file.
     """
     network = Exportable(model, mean, std).eval()
-    folded = Exportable(fold_batch_norm(copy.deepcopy(model), len(mean)), mean, std).eval()
-    if path.suffix == ".onnx":
-        for module in folded.modules():
-            if hasattr(module, "by_products"):  # a pooling that ONNX has not for free sizes
-                module.by_products = True
+    folded = Exportable(folded or model, mean, std).eval()
     example = (torch.zeros(2, len(mean), 64, 96, dtype=torch.uint8),)
     sides = {2: torch.export.Dim("height", min=SMALLEST), 3: torch.export.Dim("width", min=SMALLEST)}
     shapes = {"images": {0: torch.export.Dim("batch"), **sides}}

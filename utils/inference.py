@@ -3,7 +3,6 @@
 Both doors go through `Network`, so that scoring saved predictions gives the digits that training reported.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, pairwise
@@ -12,10 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
-
-from utils.device import cpu_has_amx
-from utils.winograd import use_winograd
 
 TTA_SCALES = (0.75, 1.0, 1.25)
 CACHED = 2**24  # bytes of a map that a CPU's cache may hold beside others
@@ -33,19 +28,15 @@ def normalize(
 
 
 class Network:
-    """A model made ready to predict: a copy in eval mode, in one precision, that takes fewer operations.
-
-    Batch norm is folded into the convolutions; on a CPU those of many channels go by `winograd`.
+    """A model with what prediction does around it: normalization, batches that fit a CPU's cache, averaging.
 
     Args:
-        model: any model of `models/`; it is left as it is.
-        weights: to use instead of the model's own.
+        model: in eval mode, on `device`, in `precision`; `models.prepare_for_inference` makes one.
         mean: of each channel, in 0..1, as in training.
         std: of each channel, in 0..1, as in training.
         device: where to compute.
         precision: of weights and maps; logits are float32 whatever it is.
         channels_last: memory layout of the convolutions.
-        fold: False uses `model` itself, as it is and in float32: quicker to set up for a single picture.
         tta: test-time augmentation: `flip` averages the logits of the picture and its mirror image,
             `multiscale` those of both at three scales.
     """
@@ -53,14 +44,12 @@ class Network:
     def __init__(
         self,
         model: nn.Module,
-        weights: dict[str, Tensor] | None = None,
         *,
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
         precision: torch.dtype,
         channels_last: bool = True,
-        fold: bool = True,
         tta: str = "none",
     ) -> None:
         self.mean, self.std, self.device, self.precision = mean, std, device, precision
@@ -68,21 +57,6 @@ class Network:
         first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
         self.widest = max(1, first.out_channels // math.prod(first.stride))  # numbers a pixel of a large map
         self.model = model
-        if not fold:
-            return
-        self.model = copy.deepcopy(model)
-        if weights is not None:
-            self.model.load_state_dict(weights)
-        fold_batch_norm(self.model.to(device).eval(), len(mean))
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.model.to(precision, memory_format=layout)
-        if device.type != "cpu":
-            return
-        if precision == torch.float32 or not cpu_has_amx():
-            use_winograd(self.model)  # AMX multiplies bfloat16 so fast that its sums cost more
-        for conv in self.model.modules():
-            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (1, 1):
-                conv.dilation = (2, 2)  # the same map, but on one thread torch takes oneDNN, twice as fast
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
@@ -185,35 +159,6 @@ def restored_strips(logits: Tensor, box: Any, elements: int = 2**22) -> Iterator
         below = (above + 1).clamp_(max=box.height - 1)
         strip = torch.lerp(inner[:, above], inner[:, below], (at - above)[:, None])
         yield top, 0, _resized(strip[None], (len(at), width))[0]
-
-
-def fold_batch_norm(model: nn.Module, in_channels: int) -> nn.Module:
-    """Merge each batch norm of a model in eval mode into the convolution in front of it, in place.
-
-    The same function in fewer passes. Which belongs to which is seen by running the model once: a norm whose
-    input is a convolution's output.
-    """
-    pairs: list[tuple[nn.Module, nn.Module]] = []
-
-    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, nn.Conv2d):
-            output.made_by = module
-        elif conv := getattr(inputs[0], "made_by", None):
-            pairs.append((conv, module))
-
-    watched = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))]
-    handles = [module.register_forward_hook(watch) for module in watched]
-    with torch.no_grad():
-        model(torch.zeros(1, in_channels, 64, 64, device=next(model.parameters()).device))
-    for handle in handles:
-        handle.remove()
-    names = {module: name for name, module in model.named_modules()}
-    for conv, norm in pairs:
-        conv.weight, conv.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        model.set_submodule(names[norm], nn.Identity())
-    return model.requires_grad_(False)
 
 
 def sliding_blocks(
