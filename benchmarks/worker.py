@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,8 +30,8 @@ from timing import resident
 from torch import Tensor, nn
 
 from config import Config
-from models import build_model, layers
-from models.layers import AtrousConv2d, InnerConv2d, MergingConv2d, concatenated
+from models import build_model, deeplabv3plus, layers, ops, pspnet
+from models.layers import ConcatConvBNReLU
 from utils.device import keep_freed_memory
 from utils.device import multiply_adds
 
@@ -120,55 +120,71 @@ class Case:
         return build_model(config.model, self.classes, **config.model_options)
 
 
+PLAIN = dict.fromkeys(("upsample_concat_conv", "depthwise", "inner_conv", "resize_backward"), False)
+
+
 def compute_whole() -> None:
-    """Have this process compute as torch does: a convolution whole, of several maps after concatenation."""
+    """Have this process compute the networks as torch does.
 
-    def merge(conv: MergingConv2d, maps: list[Tensor]) -> Tensor:
-        return nn.Conv2d.forward(conv, concatenated(maps, conv.fine))
-
-    InnerConv2d.forward = AtrousConv2d.forward = nn.Conv2d.forward
-    MergingConv2d.forward = merge
-    layers._resized_back_fast = lambda x: x
+    The bias of FCN's score stays outside of its convolution: inside, oneDNN would end the process.
+    """
+    ops.override(**PLAIN).__enter__()
 
 
 def floating_point_work(case: Case) -> int:
-    """Of a training step: three times the forward pass's, taps that see only padding included.
+    """Floating-point operations of a training step: three times those of the forward pass.
 
-    Torch's own count of the backward pass is several times too high for grouped convolutions.
+    Kernel positions that see only padding count, resized channels are counted as they are computed. Torch's
+    own count of the backward pass is several times too high for grouped convolutions.
     """
-    whole = mock.patch.object(InnerConv2d, "forward", nn.Conv2d.forward)
-    with whole, torch.device("meta"):
+    forms = ops.override(inner_conv=False, upsample_concat_conv=True)
+    with forms, torch.device("meta"):
         forward = multiply_adds(case.build(), torch.empty(case.batch, 3, case.size, case.size))
     return round(3 * 2 * forward)
 
 
 def inner_multiply_adds(case: Case) -> float:
-    """Of a forward pass's convolutions, without taps that see only padding, however they are computed.
+    """Multiply-adds of the convolutions in a forward pass, without kernel positions that see only padding.
 
-    Atrous convolutions of small maps see little else, and oneDNN skips it: a network with many of them
+    Dilated convolutions of small maps see little else, and oneDNN skips it: a network with many of them
     would seem fast by the work it does not do.
     """
     found = []
 
-    def count(conv: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        images, weights = inputs[0], conv.weight.shape[:2].numel()  # a tap
-        if isinstance(conv, nn.ConvTranspose2d):
-            found.append(images.shape[0] * images.shape[2:].numel() * conv.weight.numel())
-            return
-        if isinstance(conv, MergingConv2d):  # of a coarse map all taps at each of its own positions
-            coarse = [x for index, x in enumerate(images) if index != conv.fine]
-            found.extend(x.numel() * conv.out_channels * conv.weight.shape[2:].numel() for x in coarse)
-            weights -= sum(x.shape[1] for x in coarse) * conv.out_channels
-            images = images[conv.fine]
-        taps = [0, 0]  # down, across: pairs of a place in the output and a tap that falls on the map
-        for axis, (side, out) in enumerate(zip(images.shape[2:], output.shape[2:], strict=True)):
+    def inside(conv: nn.Module, image: Tensor, output: Tensor) -> int:
+        """Pairs of an output position and a kernel position that falls on the map, for one image."""
+        pairs = [0, 0]  # down, across
+        for axis, (side, out) in enumerate(zip(image.shape[2:], output.shape[2:], strict=True)):
             for at in range(out):
                 first = at * conv.stride[axis] - conv.padding[axis]
-                places = (first + tap * conv.dilation[axis] for tap in range(conv.kernel_size[axis]))
-                taps[axis] += sum(0 <= place < side for place in places)
-        found.append(len(output) * taps[0] * taps[1] * weights)
+                positions = (first + step * conv.dilation[axis] for step in range(conv.kernel_size[axis]))
+                pairs[axis] += sum(0 <= position < side for position in positions)
+        return pairs[0] * pairs[1]
 
-    with torch.device("meta"):
+    def count(conv: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        (images,), weights = inputs, conv.weight.shape[:2].numel()  # of one kernel position
+        if isinstance(conv, nn.ConvTranspose2d):
+            found.append(images.shape[0] * images.shape[2:].numel() * conv.weight.numel())
+        else:
+            found.append(len(output) * inside(conv, images, output) * weights)
+
+    def fewer(conv: nn.Module, maps: list[Tensor], like: Tensor) -> None:
+        """Of a map that is resized, all kernel positions are computed at each of its own positions."""
+        for x in maps:
+            if x is not like:
+                weights = x.shape[1] * conv.out_channels
+                found.append(x.numel() * conv.out_channels * conv.weight.shape[2:].numel())
+                found.append(-len(x) * inside(conv, like, like) * weights)
+
+    def watched(maps: list[Tensor], block: nn.Module, *, like: Tensor) -> Tensor:
+        if isinstance(block, ConcatConvBNReLU):
+            fewer(block[0], maps, like)
+        return fuse(maps, block, like=like)
+
+    fuse = layers.upsample_concat_conv
+    with torch.device("meta"), ExitStack() as stack:
+        for module in (deeplabv3plus, pspnet):
+            stack.enter_context(mock.patch.object(module, "upsample_concat_conv", watched))
         model = case.build()
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):

@@ -1,4 +1,4 @@
-"""Losses on (logits, masks); every one leaves ignored pixels out and is 0 where nothing is valid."""
+"""Losses of (logits, masks). All leave out ignored pixels, and are 0 where no pixel is valid."""
 
 import difflib
 import inspect
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .auxiliary import AuxLoss
+from .base import SegmentationLoss
 from .cross_entropy import CrossEntropy, WeightedCrossEntropy, median_frequency_weights
 from .dice import Dice
 from .focal import Focal
 from .joint import Joint
-from .softmax_loss import SegmentationLoss
 
 __all__ = ["LOSSES", "AuxLoss", "SegmentationLoss", "build_loss", "median_frequency_weights"]
 
@@ -28,16 +28,18 @@ def build_loss(
     name: str,
     ignore_index: int = 255,
     class_weights: Sequence[float] | Tensor | None = None,
+    fused: bool = True,
     **options: object,
 ) -> SegmentationLoss:
     """Build a loss by its name: `loss = loss_fn(logits, masks)`.
 
     Args:
         name: a key of `LOSSES`.
-        ignore_index: label of the pixels that count for nothing.
-        class_weights: one number a class, for weighted_ce (needed), focal, and joint over one of these.
-        **options: `focal_gamma` (focal, joint over focal), `dice_weight` and `joint_ce` (joint),
-            `dice_smooth` (dice, joint). An option that the loss does not know is refused.
+        ignore_index: label of the pixels that do not count.
+        class_weights: one number per class, for weighted_ce (required), focal, and joint with one of these.
+        fused: compute in one pass (`losses/fused.py`); False: by the formula in the loss's own file.
+        **options: `focal_gamma` (focal, joint with focal), `dice_weight` and `joint_ce` (joint),
+            `dice_smooth` (dice, joint). An option that the loss does not have is refused.
 
     Raises:
         ValueError: unknown name, an option or weights that do not apply, or a value out of range.
@@ -46,10 +48,9 @@ def build_loss(
         >>> import torch
         >>> loss_fn = build_loss("joint", dice_weight=0.25)
         >>> logits, masks = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
-        >>> print(f"{loss_fn(logits, masks):.4f}")
-        0.5999
-        >>> {name: f"{term:.4f}" for name, term in loss_fn.terms.items()}
-        {'ce': '0.6931', 'dice': '0.3200'}
+        >>> loss, terms = loss_fn.with_terms(logits, masks)
+        >>> print(f"{loss:.4f}", {name: f"{term:.4f}" for name, term in terms.items()})
+        0.5999 {'ce': '0.6931', 'dice': '0.3200'}
     """
     if name not in LOSSES:
         close = difflib.get_close_matches(str(name), LOSSES, n=1)
@@ -58,9 +59,11 @@ def build_loss(
     known = inspect.signature(LOSSES[name]).parameters
     if class_weights is not None:
         options["class_weights"] = class_weights
+    if "fused" in known:  # a loss of your own need not have it
+        options["fused"] = fused
     for option in options:
-        if option not in known:
-            takes = ", ".join(key for key in known if key != "ignore_index") or "no options"
+        if option not in known and "options" not in known:  # joint hands on those of its pixel loss
+            takes = ", ".join(key for key in known if key not in ("ignore_index", "fused")) or "no options"
             raise ValueError(
                 f"{option} does not apply to loss {name!r}, which takes {takes}. Leave {option} out."
             )

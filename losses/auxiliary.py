@@ -1,23 +1,22 @@
-"""PSPNet's training loss: the main head's and a fraction of the auxiliary head's."""
+"""PSPNet's training loss: that of the main head plus a fraction of that of the auxiliary head."""
 
 from torch import Tensor, nn
 
-from .softmax_loss import SegmentationLoss
+from .base import SegmentationLoss
 
 
 class AuxLoss(nn.Module):
     """loss_fn(logits) + weight * loss_fn(aux_logits).
 
     Paper: Pyramid Scene Parsing Network (Zhao et al., 2017), section 3.3, which chooses 0.4,
-    https://arxiv.org/abs/1612.01105. A plain tensor, as the network gives in evaluation, is passed on to
-    `loss_fn`. `terms` holds those of `loss_fn` on the main logits, and `aux`, before its weight.
+    https://arxiv.org/abs/1612.01105. For a plain tensor, which the network returns in evaluation, it is
+    `loss_fn` itself.
     """
 
     def __init__(self, loss_fn: SegmentationLoss, weight: float = 0.4) -> None:
         super().__init__()
         self.loss_fn = loss_fn
         self.weight = weight
-        self.terms: dict[str, Tensor] = {}
 
     def denominator(self, masks: Tensor) -> Tensor:
         """Return `loss_fn.denominator(masks)`."""
@@ -30,16 +29,15 @@ class AuxLoss(nn.Module):
 
         The other arguments, and what is raised, are those of `SegmentationLoss.forward`.
         """
+        return self.with_terms(logits, masks, denominator)[0]
+
+    def with_terms(
+        self, logits: Tensor | tuple[Tensor, Tensor], masks: Tensor, denominator: Tensor | float | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, and the terms of the main logits with `aux`, before its weight."""
         if isinstance(logits, Tensor):
-            loss = self.loss_fn(logits, masks, denominator)
-            self.terms = self.loss_fn.terms
-            return loss
+            return self.loss_fn.with_terms(logits, masks, denominator)
         logits, aux_logits = logits
         aux = self.loss_fn(aux_logits, masks, denominator)
-        main = self.loss_fn(logits, masks, denominator)
-        self.terms = {**self.loss_fn.terms, "aux": aux.detach()}
-        return main + self.weight * aux
-
-    def with_terms(self, logits, masks, denominator=None):
-        loss = self(logits, masks, denominator)
-        return loss, self.terms
+        main, terms = self.loss_fn.with_terms(logits, masks, denominator)
+        return main + self.weight * aux, {**terms, "aux": aux.detach()}

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from .softmax_loss import SegmentationLoss
+from .base import SegmentationLoss, label_log_probability
+from .fused import Factors
 
 
 class CrossEntropy(SegmentationLoss):
@@ -16,27 +17,54 @@ class CrossEntropy(SegmentationLoss):
     on).
     """
 
-    def __init__(self, *, ignore_index: int = 255) -> None:
-        super().__init__(ignore_index=ignore_index)
+    name = "ce"
+
+    def __init__(self, *, ignore_index: int = 255, fused: bool = True) -> None:
+        super().__init__(ignore_index=ignore_index, fused=fused)
+        self.factors = Factors(ignore_index)
+
+    def formula(self, logits: Tensor, masks: Tensor, total: Tensor, fraction: Tensor) -> Tensor:
+        """Return sum_V -log p_y / total."""
+        valid, labels = self.split(masks)
+        log_py = label_log_probability(logits, labels)
+        return (-log_py * valid).sum() / total
 
 
 class WeightedCrossEntropy(SegmentationLoss):
     """L = sum_V w_y (-log p_y) / sum_V w_y.
 
     Equals torch's `cross_entropy(weight=w)`. The Caffe code of SegNet divides by |V| instead, so that there
-    the size of the loss, and with it the right learning rate, depends on the weights' scale.
+    the size of the loss, and with it the right learning rate, depends on the scale of the weights.
 
-    `class_weights` is one number a class, for example from `median_frequency_weights`; it is needed.
+    `class_weights`, required, is one number per class, for example from `median_frequency_weights`.
     """
 
+    name = "weighted_ce"
+
     def __init__(
-        self, *, ignore_index: int = 255, class_weights: Sequence[float] | Tensor | None = None
+        self,
+        *,
+        ignore_index: int = 255,
+        class_weights: Sequence[float] | Tensor | None = None,
+        fused: bool = True,
     ) -> None:
         if class_weights is None:
             raise ValueError(
-                "class_weights: 'weighted_ce' needs one number a class; got none. Give them, or use 'ce'."
+                "class_weights: 'weighted_ce' needs one number per class; got none. Give them, or use 'ce'."
             )
-        super().__init__(ignore_index=ignore_index, class_weights=class_weights, pixel_name="weighted_ce")
+        super().__init__(ignore_index=ignore_index, class_weights=class_weights, fused=fused)
+
+    @property
+    def factors(self) -> Factors:
+        """This loss as a case of `softmax_loss`."""
+        return Factors(self.ignore_index, self.class_weights)
+
+    def formula(self, logits: Tensor, masks: Tensor, total: Tensor, fraction: Tensor) -> Tensor:
+        """Return sum_V w_y (-log p_y) / total."""
+        valid, labels = self.split(masks)
+        log_py = label_log_probability(logits, labels)
+        weights = self.class_weights[labels] * valid
+        return (weights * -log_py).sum() / total
 
 
 def median_frequency_weights(
@@ -48,7 +76,7 @@ def median_frequency_weights(
     al., 2017, https://arxiv.org/abs/1511.00561. The constants in SegNet's published files differ: they cannot
     be computed from CamVid's published labels by this formula.
 
-    The median is over the classes that occur; one that never occurs has weight 1, which no pixel asks for.
+    The median is over the classes that occur; one that never occurs has weight 1, which no pixel uses.
 
     Args:
         class_pixels: integers (C,): the pixels of each class over all training masks.

@@ -1,6 +1,10 @@
-"""Soft Dice over the classes that the batch holds."""
+"""Soft Dice over the classes present in the batch."""
 
-from .softmax_loss import SegmentationLoss
+import torch
+from torch import Tensor
+
+from .base import SegmentationLoss, check_at_least_0
+from .fused import Factors
 
 
 class Dice(SegmentationLoss):
@@ -8,18 +12,34 @@ class Dice(SegmentationLoss):
 
     d_c = (2 sum_V p_c [y = c] + s) / (sum_V p_c + n_c + s), n_c the pixels of class c, sums over the whole
     batch. After V-Net (Milletari et al., 2016), section 3, https://arxiv.org/abs/1606.04797, with plain sums
-    in place of the squared ones below the line, which keep the gradient alive where p is small.
+    instead of squared ones in the denominator, which keep the gradient where p is small.
 
-    Crops seldom hold all classes; an absent one would have d_c near 0 or 1 whatever the net does right, so it
-    is left out, and its suppression is left to the cross entropy: hence `joint` as the usual choice.
+    Crops seldom hold all classes. An absent one would have d_c near 0 or 1 whatever the network predicts, so
+    it is left out, and its suppression is left to the cross entropy: hence `joint` as the usual choice.
 
     Differs from: segmentation_models.pytorch, which divides by C although absent classes add 0; MONAI, which
-    takes a ratio per picture and counts absent classes; milesial and yassouali, which take one ratio over all
+    takes a ratio per image and counts absent classes; milesial and yassouali, which take one ratio over all
     classes together (the latter after writing another class over the ignored pixels of the masks). nnU-Net
-    leaves out background.
+    leaves out the background.
 
     `dice_smooth` is s, in pixels, 0 or more; 1 matters only for classes of a few pixels.
     """
 
-    def __init__(self, *, ignore_index: int = 255, dice_smooth: float = 1.0) -> None:
-        super().__init__(ignore_index=ignore_index, dice_share=1.0, smooth=dice_smooth)
+    name = "dice"
+
+    def __init__(self, *, ignore_index: int = 255, dice_smooth: float = 1.0, fused: bool = True) -> None:
+        check_at_least_0(dice_smooth=dice_smooth)
+        super().__init__(ignore_index=ignore_index, fused=fused)
+        self.smooth = dice_smooth
+        self.factors = Factors(ignore_index, pixel=0.0, dice=1.0, smooth=dice_smooth)
+
+    def formula(self, logits: Tensor, masks: Tensor, total: Tensor, fraction: Tensor) -> Tensor:
+        """Return fraction * (1 - mean of d_c over the present classes)."""
+        valid, labels = self.split(masks)
+        p = logits.softmax(1) * valid[:, None]
+        target = torch.zeros_like(p).scatter(1, labels[:, None], valid[:, None].to(p.dtype))  # one-hot
+        overlap, mass, pixels = (x.sum((0, 2, 3)) for x in (p * target, p, target))  # (C,)
+        below = (mass + pixels + self.smooth).clamp(min=1e-12)  # 0 for an absent class if s is 0
+        dice = (2 * overlap + self.smooth) / below
+        present = pixels > 0
+        return fraction * ((1 - dice) * present).sum() / present.sum().clamp(min=1)

@@ -1,28 +1,33 @@
-"""Dice and a form of cross entropy together, over one softmax."""
+"""Dice together with a loss that is a mean over pixels."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from .softmax_loss import SegmentationLoss
+from .base import SegmentationLoss
+from .dice import Dice
+from .fused import Factors
 
 
 class Joint(SegmentationLoss):
-    """L = dice_weight * Dice + (1 - dice_weight) * CE, each term as its own loss defines it.
+    """L = dice_weight * Dice + (1 - dice_weight) * pixel loss, each as its own class defines it.
 
-    nnU-Net (Isensee et al., 2021) adds the two with weights 1 and 1; the default here has half the size of
-    that.
+    nnU-Net (Isensee et al., 2021) adds Dice and cross entropy with weights 1 and 1; the default here has half
+    the size of that.
 
     Args:
-        ignore_index: label of the pixels that count for nothing.
-        class_weights: one number a class, for weighted_ce (needed) and focal.
+        ignore_index: label of the pixels that do not count.
+        class_weights: one number per class, for a pixel loss that takes them.
         dice_weight: in 0..1.
-        joint_ce: the form of cross entropy: ce, weighted_ce or focal.
-        focal_gamma: exponent of focal; 2 if None.
+        joint_ce: the pixel loss, a name in `LOSSES`: ce, weighted_ce, focal or one of your own.
         dice_smooth: s of Dice, in pixels.
+        fused: compute both in one pass where the pixel loss has a fused form.
+        **options: those of the pixel loss, e.g. `focal_gamma`.
 
     Raises:
-        ValueError: an option or weights that do not go with `joint_ce`, or a value out of range.
+        ValueError: `joint_ce` is not a loss over pixels; an option or weights that it does not take; a value
+            out of range.
     """
 
     def __init__(
@@ -32,30 +37,49 @@ class Joint(SegmentationLoss):
         class_weights: Sequence[float] | Tensor | None = None,
         dice_weight: float = 0.5,
         joint_ce: str = "ce",
-        focal_gamma: float | None = None,
         dice_smooth: float = 1.0,
+        fused: bool = True,
+        **options: object,
     ) -> None:
-        if joint_ce not in ("ce", "weighted_ce", "focal"):
-            raise ValueError(
-                f"joint_ce must be ce, weighted_ce or focal; got {joint_ce!r}. Choose one of the three."
-            )
-        if joint_ce != "focal" and (joint_ce == "weighted_ce") != (class_weights is not None):
-            raise ValueError(
-                "class_weights belong to weighted_ce (always) and focal (if wished); got joint_ce "
-                f"{joint_ce!r} with class_weights {class_weights}. Set joint_ce accordingly."
-            )
-        if joint_ce != "focal" and focal_gamma is not None:
-            raise ValueError(
-                f"focal_gamma applies to joint_ce 'focal'; got {focal_gamma} with joint_ce {joint_ce!r}. "
-                "Leave focal_gamma out."
-            )
-        if focal_gamma is None:
-            focal_gamma = 2.0 if joint_ce == "focal" else 0.0
-        super().__init__(
-            ignore_index=ignore_index,
-            class_weights=class_weights,
-            gamma=focal_gamma,
-            dice_share=dice_weight,
-            smooth=dice_smooth,
-            pixel_name=joint_ce,
-        )
+        from . import LOSSES, build_loss  # which import this file
+
+        choices = [name for name in LOSSES if name not in ("dice", "joint")]
+        if joint_ce not in choices:
+            raise ValueError(f"joint_ce must be one of {', '.join(choices)}; got {joint_ce!r}. Choose one.")
+        if not 0 <= dice_weight <= 1:
+            raise ValueError(f"dice_weight must be in 0..1; got {dice_weight}. Leave it out for the default.")
+        super().__init__(ignore_index=ignore_index, fused=fused)
+        self.pixel_loss = build_loss(joint_ce, ignore_index, class_weights, fused=fused, **options)
+        self.dice = Dice(ignore_index=ignore_index, dice_smooth=dice_smooth, fused=fused)
+        self.dice_weight = dice_weight
+
+    @property
+    def factors(self) -> Factors | None:
+        """This loss as a case of `softmax_loss`, if the pixel loss is one."""
+        weights = {"pixel": 1 - self.dice_weight, "dice": self.dice_weight, "smooth": self.dice.smooth}
+        return self.pixel_loss.factors and replace(self.pixel_loss.factors, **weights)
+
+    def denominator(self, masks: Tensor) -> Tensor:
+        """Return that of the pixel loss."""
+        return self.pixel_loss.denominator(masks)
+
+    def normalizers(
+        self, logits: Tensor, masks: Tensor, denominator: Tensor | float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return those of the pixel loss."""
+        return self.pixel_loss.normalizers(logits, masks, denominator)
+
+    def with_terms(
+        self, logits: Tensor, masks: Tensor, denominator: Tensor | float | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, and the pixel loss and Dice by name, detached; one of weight 0 is left out."""
+        if self.fused and self.factors:
+            loss, pixel, dice = self.fused_terms(logits, masks, denominator)
+        else:
+            _, fraction = self.normalizers(logits, masks, denominator)
+            pixel = self.pixel_loss(logits, masks, denominator)
+            dice = fraction * self.dice(logits, masks)
+            loss = (1 - self.dice_weight) * pixel + self.dice_weight * dice
+        terms = {self.pixel_loss.name: pixel} if self.dice_weight < 1 else {}
+        terms |= {"dice": dice} if self.dice_weight > 0 else {}
+        return loss, {name: term.detach() for name, term in terms.items()}

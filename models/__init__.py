@@ -1,4 +1,4 @@
-"""Segmentation networks: logits = model(images). The folder needs torch alone and can be copied elsewhere."""
+"""Segmentation networks: logits = model(images). The folder only needs torch and can be copied elsewhere."""
 
 import inspect
 from pathlib import Path
@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from .checkpoint import read_checkpoint
-from .inference import fold_batch_norm, prepare_for_inference
+from .checks import check_choice
 from .deeplabv3plus import DeepLabV3Plus
 from .fcn import FCN
-from .layers import check_choice
+from .inference import fold_batch_norm, prepare_for_inference
 from .pretrained import PretrainedReport, load_pretrained
 from .pspnet import PSPNet
 from .segnet import SegNet
@@ -49,10 +49,10 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
         name: a key of `MODELS`.
         num_classes: channels of the logits, background included.
         in_channels: channels of the images.
-        **options: what the network's class takes beyond these, e.g. `backbone`, `base_channels`.
+        **options: keyword arguments of the network's class, e.g. `backbone`, `base_channels`.
 
     Raises:
-        ValueError: an unknown name or option, or a value that the network refuses.
+        ValueError: an unknown name or option, or a value that the network does not accept.
 
     Example:
         >>> model = build_model("unet", num_classes=5, base_channels=8)
@@ -62,7 +62,7 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
     check_choice("model", name, MODELS)
     known = list(inspect.signature(MODELS[name]).parameters)[2:]  # after num_classes and in_channels
     for key in options:
-        check_choice(f"an option of {name}", key, known, remedy="Leave it out.")
+        check_choice(f"an option of {name}", key, known, fix="Leave it out.")
     return MODELS[name](num_classes, in_channels, **options)
 
 
@@ -74,8 +74,8 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> nn
         device: where to put the network.
 
     Returns:
-        The network in evaluation mode. `model.info` holds what the checkpoint knows beside the weights, by
-        attribute: `architecture`, and what the run wrote under info (`class_names`, `mean`, `std`, ...).
+        The network in evaluation mode. `model.info` has the rest of the checkpoint's description as
+        attributes: `architecture`, and everything under its `info` (`class_names`, `mean`, `std`, ...).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -84,7 +84,7 @@ def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> nn
     content = read_checkpoint(checkpoint)
     architecture = content["architecture"]
     arguments = {key: value for key, value in architecture.items() if key != "options"}
-    with torch.device("meta"):  # no time and no random numbers spent on weights that are replaced at once
+    with torch.device("meta"):  # spends no time and no random numbers on weights that are replaced at once
         model = build_model(**arguments, **architecture["options"])
     weights = content["model"] if content.get("ema") is None else content["ema"]
     try:

@@ -1,50 +1,36 @@
-"""PSPNet: a dilated ResNet whose last map is joined by averages over the whole picture and its parts."""
+"""PSPNet: a dilated ResNet with pyramid pooling over 1x1, 2x2, 3x3 and 6x6 grids."""
 
 from torch import Tensor, nn
 
 from .backbones import ResNet
+from .checks import check_choice, check_images, check_numbers
 from .layers import (
+    ConcatConvBNReLU,
     ConvBNReLU,
-    MergingConvBNReLU,
     PooledConvBNReLU,
-    check_choice,
-    check_images,
-    check_numbers,
-    init_scores,
+    init_classifier,
     init_weights,
     resize,
+    upsample_concat_conv,
 )
 
 HEAD_CHANNELS = 512
-BINS = (1, 2, 3, 6)  # the picture as one part, 2x2, 3x3 and 6x6 parts
-
-
-class PyramidPooling(nn.Module):
-    """Average a map over 1, 4, 9 and 36 parts, and bring each average to a quarter of the channels."""
-
-    def __init__(self, in_channels: int) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(
-            PooledConvBNReLU(in_channels, in_channels // len(BINS), bins) for bins in BINS
-        )
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Map (N, C, h, w) to itself and four maps (N, C/4, bins, bins)."""
-        return [x, *(stage(x) for stage in self.stages)]
+BINS = (1, 2, 3, 6)  # side of each pooling grid
 
 
 class PSPNet(nn.Module):
-    """PSPNet: each position is judged in the light of the scene and of its quarter, ninth and 36th.
+    """PSPNet: pools context over 1x1, 2x2, 3x3 and 6x6 grids.
 
     Paper: Pyramid Scene Parsing Network (Zhao et al., 2017), https://arxiv.org/abs/1612.01105. A dilated
-    ResNet gives one fine, deep map; averages of it over ever smaller parts say what scene this is; a 3x3
-    convolution decides from both. An auxiliary head on layer3 (loss weight 0.4) helps the deep encoder train.
-    Route: image 1/1 → layer1 1/4, layer2 1/8, layer3 and layer4 1/output_stride → pyramid 1x1, 2x2, 3x3,
-    6x6 (a quarter of the channels each) → merged with layer4 by 3x3 (512) → logits 1/output_stride → 1/1;
-    aux: layer3 → 3x3 (a quarter of its channels) → logits → 1/1.
+    ResNet gives deep features of high resolution; their averages over ever smaller regions describe the
+    scene; a 3x3 convolution combines both. An auxiliary head on layer3 (loss weight 0.4) helps to train the
+    deep encoder.
+    Route: image 1/1 → layer1 1/4, layer2 1/8, layer3 and layer4 1/output_stride → pooled to 1x1, 2x2, 3x3,
+    6x6 (a quarter of the channels each) → upsampled and concatenated with layer4 → 3x3 (512) → logits
+    1/output_stride → 1/1; aux: layer3 → 3x3 (a quarter of its channels) → logits → 1/1.
     Differs from the paper: torchvision's 7x7 stem where the authors' release has three 3x3 convolutions; the
     convolution that loses its stride keeps the dilation before it, where theirs dilates the whole stage;
-    half-pixel centres where it aligns corners, so that sizes need not be 8k+1.
+    half-pixel centers where it aligns corners, so that sizes need not be 8k+1.
     Initial weights: He normal (fan out), batch norm 1 and 0, classifiers normal with deviation 0.01.
     Parameters (RGB, 21 classes, with aux): resnet18 16,319,018, resnet34 26,427,178, resnet50 48,957,802,
     resnet101 67,949,930; without aux resnet50 46,592,597, resnet101 65,584,725.
@@ -80,30 +66,36 @@ class PSPNet(nn.Module):
         check_choice("output_stride", output_stride, (8, 16))
         self.in_channels = in_channels
         self.backbone = ResNet(backbone, in_channels, output_stride)
-        *_, middle_channels, deep_channels = self.backbone.out_channels
-        self.pyramid = PyramidPooling(deep_channels)
-        parts = (deep_channels, *[deep_channels // len(BINS)] * len(BINS))
-        merge = MergingConvBNReLU(parts, HEAD_CHANNELS, fine=0)
-        self.head = classifier(merge, HEAD_CHANNELS, num_classes, dropout)
-        self.aux = None
-        if aux:
-            width = middle_channels // 4
-            self.aux = classifier(ConvBNReLU(middle_channels, width), width, num_classes, dropout)
-        init_weights(self.pyramid)
+        _, _, layer3_channels, channels = self.backbone.out_channels
+        bin_channels = channels // len(BINS)
+        self.ppm = nn.ModuleList(PooledConvBNReLU(channels, bin_channels, bins) for bins in BINS)
+        self.fuse = ConcatConvBNReLU(channels + len(BINS) * bin_channels, HEAD_CHANNELS)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(HEAD_CHANNELS, num_classes, kernel_size=1)
+        for part in (self.fuse, self.classifier):
+            init_weights(part)
+        init_classifier(self.classifier)
+        self.aux_classifier = auxiliary_head(layer3_channels, num_classes, dropout) if aux else None
+        init_weights(self.ppm)
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return the logits of `images`; in training mode with `aux`, the pair (logits, aux_logits)."""
         check_images(images, self.in_channels)
-        _, _, middle, deep = self.backbone(images)  # both 1/output_stride
-        logits = resize(self.head(self.pyramid(deep)), like=images)
-        if self.aux is None or not self.training:
+        _, _, layer3, x = self.backbone(images)  # both 1/output_stride
+        pooled = [branch(x) for branch in self.ppm]  # (N, C/4, b, b) for b = 1, 2, 3, 6
+        # upsample the pooled maps, concatenate them with x, apply a 3x3 convolution
+        x = upsample_concat_conv([x, *pooled], self.fuse, like=x)  # (N, 512, h, w)
+        logits = resize(self.classifier(self.dropout(x)), like=images)
+        if self.aux_classifier is None or not self.training:
             return logits
-        return logits, resize(self.aux(middle), like=images)
+        return logits, resize(self.aux_classifier(layer3), like=images)
 
 
-def classifier(block: nn.Module, width: int, num_classes: int, dropout: float) -> nn.Sequential:
-    """Return a head: a block that gives `width` channels, dropout of channels, 1x1 to the classes."""
-    head = nn.Sequential(block, nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, kernel_size=1))
+def auxiliary_head(in_channels: int, num_classes: int, dropout: float) -> nn.Sequential:
+    """Return a 3x3 convolution to a quarter of the channels, dropout of channels, and a 1x1 classifier."""
+    channels = in_channels // 4
+    block, classifier = ConvBNReLU(in_channels, channels), nn.Conv2d(channels, num_classes, kernel_size=1)
+    head = nn.Sequential(block, nn.Dropout2d(dropout), classifier)
     init_weights(head)
-    init_scores(head[-1])
+    init_classifier(classifier)
     return head

@@ -1,31 +1,31 @@
-"""SegNet: VGG16 and its mirror; the decoder puts each value back where pooling had found it."""
+"""SegNet: VGG16 and its mirror, whose decoder unpools with the encoder's max-pooling indices."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backbones import VGG
-from .layers import check_images, check_numbers, crop, init_weights, pad_even
+from .checks import check_images, check_numbers
+from .layers import init_weights
+from .ops import crop, max_unpool2d, pad_even, pooling_indices
 
 
 class SegNet(nn.Module):
-    """SegNet: upsampling without weights, by the positions that max pooling remembers.
+    """SegNet: upsampling without weights, by the indices of max pooling.
 
     Paper: SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image Segmentation (Badrinarayanan,
     Kendall, Cipolla, 2015), https://arxiv.org/abs/1511.00561. The encoder is VGG16's 13 convolutions; each
-    pooling remembers where the largest value stood. The decoder sets values back there, leaves zeros
-    elsewhere and fills in by convolutions: edges survive at the price of two bits a value, not a whole skip.
+    pooling keeps the index of the maximum. The decoder writes each value back to that position, with zeros
+    elsewhere, and convolutions fill the gaps: edges survive at two bits per value, not a whole feature map.
     Route: image 1/1 → pooled 1/2 (64) → 1/4 (128) → 1/8 (256) → 1/16 (512) → 1/32 (512) → unpooled and
     convolved 1/16 (512) → 1/8 (256) → 1/4 (128) → 1/2 (64) → logits 1/1.
     Differs from the paper: ordinary batch norm statistics, not recomputed over the training set afterwards.
-    Pooling rounds odd sizes up, as Caffe's. `dropout` sits where Bayesian SegNet has it, off by default.
+    Pooling rounds odd sizes up, as Caffe does. `dropout` is where Bayesian SegNet has it, off by default.
     Initial weights: He normal (fan in), zero biases, batch norm 1 and 0.001, as in the authors' files.
     Parameters (RGB, 21 classes): 29,455,125.
 
     Args:
         num_classes: channels of the logits, 2 or more.
         in_channels: channels of the images.
-        base_channels: channels at full size, 64 in the paper; the others grow with it. Public weights fit 64.
+        base_channels: channels at full size, 64 in the paper and in public weights; the others scale with it.
         dropout: probability of zeroing a value after the three deepest stages of both halves, in training.
 
     Shape:
@@ -41,14 +41,15 @@ class SegNet(nn.Module):
         super().__init__()
         check_numbers(num_classes, in_channels, dropout, base_channels)
         self.in_channels = in_channels
-        self.backbone = VGG("vgg16_bn", in_channels, base_channels)
+        self.backbone = VGG("vgg16_bn", in_channels, base_channels, return_indices=True)
         self.dropout = nn.Dropout(dropout)
         c1, c2, c3, c4, c5 = self.backbone.out_channels
         self.decoder5 = stage(c5, c5, c5, c4)  # 1/16
         self.decoder4 = stage(c4, c4, c4, c3)  # 1/8
         self.decoder3 = stage(c3, c3, c3, c2)  # 1/4
         self.decoder2 = stage(c2, c2, c1)  # 1/2
-        self.decoder1 = nn.Sequential(*stage(c1, c1), nn.Conv2d(c1, num_classes, 3, padding=1))  # 1/1
+        self.decoder1 = stage(c1, c1)  # 1/1
+        self.classifier = nn.Conv2d(c1, num_classes, 3, padding=1)
         init_weights(self, mode="fan_in")
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -57,31 +58,26 @@ class SegNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of `images`."""
         check_images(images, self.in_channels)
-        x, places = images, []
+        x, pooled = images, []
         for layer in self.backbone.features:
             if isinstance(layer, nn.MaxPool2d):
-                size = x.shape[-2:]
-                x, indices = F.max_pool2d(pad_even(x), 2, return_indices=True)
-                places.append((indices, size))
-                x = self.dropout(x) if len(places) > 2 else x
+                size, padded = x.shape, pad_even(x)
+                x, indices = layer(padded)
+                pooled.append((pooling_indices(indices, padded.shape[3]), size))
+                x = self.dropout(x) if len(pooled) > 2 else x
             else:
                 x = layer(x)
-        x = self.dropout(self.decoder5(unpool(x, *places[4])))
-        x = self.dropout(self.decoder4(unpool(x, *places[3])))
-        x = self.dropout(self.decoder3(unpool(x, *places[2])))
-        x = self.decoder2(unpool(x, *places[1]))
-        return self.decoder1(unpool(x, *places[0]))
+        x = self.dropout(self.decoder5(unpool(x, *pooled[4])))
+        x = self.dropout(self.decoder4(unpool(x, *pooled[3])))
+        x = self.dropout(self.decoder3(unpool(x, *pooled[2])))
+        x = self.decoder2(unpool(x, *pooled[1]))
+        x = self.decoder1(unpool(x, *pooled[0]))
+        return self.classifier(x)
 
 
-def unpool(x: Tensor, indices: Tensor, size: torch.Size) -> Tensor:
-    """Set each value of `x` where its maximum stood in a map of `size`, zeros elsewhere."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return crop(F.max_unpool2d(x, indices, 2), size)
-    # max_unpool2d is refused then: it cannot know that no place comes twice
-    maps, height, width = x.shape[0] * x.shape[1], 2 * x.shape[2], 2 * x.shape[3]
-    whole = x.new_zeros(maps, height * width)
-    whole[torch.arange(maps, device=x.device)[:, None], indices.reshape(maps, -1)] = x.reshape(maps, -1)
-    return crop(whole.view(*x.shape[:2], height, width), size)
+def unpool(x: Tensor, indices: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Write each value of `x` where its maximum was in a map of `size`, zeros elsewhere."""
+    return crop(max_unpool2d(x, indices), size)
 
 
 def stage(*channels: int) -> nn.Sequential:

@@ -89,5 +89,7 @@ def test_a_run_resumed_on_the_device_ends_like_one_that_was_not_broken(settings,
 
 def test_a_compiled_run_learns_as_an_eager_one(settings):
     eager = losses(train.main(settings(device="cuda", amp="off", run_name="eager")).folder)
-    compiled = losses(train.main(settings(device="cuda", amp="off", compile=True, run_name="compiled")).folder)
+    compiled = losses(
+        train.main(settings(device="cuda", amp="off", compile=True, run_name="compiled")).folder
+    )
     assert compiled == pytest.approx(eager, rel=1e-2)

@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from datasets.transforms import Box
-from models import MODELS, build_model, fold_batch_norm, prepare_for_inference
+from models import build_model, prepare_for_inference
 from utils.inference import CACHE_BYTES, Predictor, normalize, restore, restored_strips, sliding_blocks
-from utils.winograd import FEWEST_CHANNELS, WinogradConv2d, use_winograd
 
 SMALL = {"unet": {"base_channels": 4}, "segnet": {"base_channels": 4}, "fcn": {"backbone": "vgg11_bn"}}
 SMALL |= {name: {"backbone": "resnet18"} for name in ("deeplabv3plus", "pspnet")}
@@ -29,24 +28,6 @@ def predictor_of(model, dtype=torch.float32, **options):
     """A predictor of a copy that is prepared for inference on the CPU."""
     prepared = prepare_for_inference(model, device=torch.device("cpu"), dtype=dtype)
     return Predictor(prepared, **HALF, **options)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_folding_batch_norm_keeps_the_function_and_leaves_no_batch_norm(name, narrow_fcn):
-    model, folded = small_model(name), fold_batch_norm(small_model(name), 3)
-    images = torch.randn(1, 3, 64, 96)
-    with torch.no_grad():
-        expected, got = model(images), folded(images)
-    assert torch.allclose(got, expected, atol=1e-4 * float(expected.abs().max()))
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-
-
-def test_a_predictor_leaves_the_model_it_is_made_from_as_it_was():
-    model = small_model("unet").train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    predictor_of(model).logits(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-    assert model.training
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_normalize_is_the_formula():
@@ -141,52 +122,6 @@ def test_flip_averaging_is_symmetric_and_equals_the_plain_way_for_a_symmetric_im
 def test_multiscale_averaging_keeps_the_size():
     predictor = predictor_of(small_model("unet"), tta="multiscale")
     assert predictor.logits(torch.zeros(2, 3, 37, 53, dtype=torch.uint8)).shape == (2, 3, 37, 53)
-
-
-@pytest.mark.parametrize("size", [(1, 5), (4, 4), (7, 9), (16, 12)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_winograd_convolves(size, bias):
-    conv, x = nn.Conv2d(8, 6, 3, padding=1, bias=bias), torch.randn(2, 8, *size)
-    for layout in (torch.channels_last, torch.contiguous_format):
-        with torch.no_grad():
-            expected = conv(x)
-            torch.testing.assert_close(
-                WinogradConv2d(conv)(x.to(memory_format=layout)), expected, atol=1e-5, rtol=1e-5
-            )
-
-
-def test_only_convolutions_that_winograd_does_the_same_and_quicker_are_replaced():
-    many, few = FEWEST_CHANNELS, FEWEST_CHANNELS // 2
-    model = nn.Sequential(
-        nn.Conv2d(many, many, 3, padding=1),
-        nn.Conv2d(many, many, 3, padding=2, dilation=2),
-        nn.Conv2d(many, few, 3, padding=1),
-        nn.Conv2d(few, many, 3, padding=0),
-        nn.Conv2d(many, many, 3, stride=2, padding=1),
-        nn.Conv2d(many, many, 3, padding=1, groups=many),
-        nn.Conv2d(many, 4, 1, bias=False),
-    )
-    x = torch.randn(2, many, 20, 24)
-    with torch.no_grad():
-        expected = model(x)
-        use_winograd(model)
-        torch.testing.assert_close(model(x), expected)
-    assert [type(layer) for layer in model] == [WinogradConv2d] + [nn.Conv2d] * 6
-
-
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", MODELS)
-def test_a_network_prepared_for_inference_gives_the_logits_of_the_model(name, precision, narrow_fcn):
-    model = small_model(name) if name != "unet" else build_model("unet", 3, base_channels=32).eval()
-    predictor = predictor_of(model, precision)
-    images = torch.randint(0, 256, (3, 3, 48, 64), dtype=torch.uint8)
-    inputs = normalize(images, [0.5] * 3, [0.2] * 3, torch.channels_last)
-    with torch.no_grad():
-        expected = model(inputs)
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            mixed = (model(inputs) - expected).norm()
-    error = (predictor.logits(images) - expected).norm()
-    assert error < max(1e-5 * expected.norm(), 2 * mixed)
 
 
 def test_a_cpu_takes_a_batch_through_the_network_in_parts_that_its_cache_holds():

@@ -1,28 +1,36 @@
+"""The losses against their definitions, and the fused form against the formulas."""
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import LOSSES, AuxLoss, build_loss, median_frequency_weights
+from losses import LOSSES, AuxLoss, SegmentationLoss, build_loss, median_frequency_weights
+from losses.fused import _sum_by_label, _sum_by_label_in_buckets
 
 WEIGHTS = [0.5, 2.0, 1.0, 3.0]
-FORMS = {  # every loss, and joint over each form of cross entropy
+FORMS = {  # the losses, and joint with each pixel loss
     "ce": ("ce", {}),
     "weighted_ce": ("weighted_ce", {"class_weights": WEIGHTS}),
     "focal": ("focal", {"class_weights": WEIGHTS, "focal_gamma": 1.5}),
     "dice": ("dice", {}),
     "dice without smoothing": ("dice", {"dice_smooth": 0.0}),
     "joint": ("joint", {"dice_weight": 0.3}),
-    "joint over weighted_ce": ("joint", {"joint_ce": "weighted_ce", "class_weights": WEIGHTS}),
-    "joint over focal": ("joint", {"joint_ce": "focal", "class_weights": WEIGHTS}),
+    "joint with weighted_ce": ("joint", {"joint_ce": "weighted_ce", "class_weights": WEIGHTS}),
+    "joint with focal": ("joint", {"joint_ce": "focal", "class_weights": WEIGHTS}),
 }
-every_form = pytest.mark.parametrize("form", FORMS)
+FORMS |= {name: (name, {}) for name in LOSSES if name not in FORMS}  # one that you add, with its defaults
 
 
 def build(form, **more):
     name, options = FORMS[form]
     return build_loss(name, **{**options, **more})
+
+
+every_form = pytest.mark.parametrize("form", FORMS)
+every_fused_form = pytest.mark.parametrize("form", [form for form in FORMS if build(form).factors])
+every_computation = pytest.mark.parametrize("fused", [True, False])
 
 
 def batch(n=2, c=4, h=5, w=6, dtype=torch.float64, seed=0):
@@ -35,21 +43,21 @@ def batch(n=2, c=4, h=5, w=6, dtype=torch.float64, seed=0):
 
 def slow(loss_fn, logits, masks):
     """The definitions, pixel by pixel."""
-    probs = torch.softmax(logits, 1)
-    weights = loss_fn.class_weights if loss_fn.class_weights is not None else torch.ones(logits.shape[1])
+    probs, is_of = torch.softmax(logits, 1), loss_fn.factors
+    weights = is_of.class_weights if is_of.class_weights is not None else torch.ones(logits.shape[1])
     pixel, total = logits.new_zeros(()), 0.0
     overlap, mass, count = ([0.0] * logits.shape[1] for _ in range(3))
     for n, i, j in (masks != loss_fn.ignore_index).nonzero().tolist():
         y, p = int(masks[n, i, j]), probs[n, :, i, j]
-        pixel = pixel - weights[y] * (1 - p[y]) ** loss_fn.gamma * torch.log(p[y])
+        pixel = pixel - weights[y] * (1 - p[y]) ** is_of.gamma * torch.log(p[y])
         total += float(weights[y])
         for k in range(len(p)):
             mass[k] = mass[k] + p[k]
         overlap[y] = overlap[y] + p[y]
         count[y] += 1
-    s = loss_fn.smooth
+    s = is_of.smooth
     dice = [1 - (2 * overlap[k] + s) / (mass[k] + count[k] + s) for k in range(len(count)) if count[k]]
-    return loss_fn.pixel_share * pixel / total + loss_fn.dice_share * sum(dice) / len(dice)
+    return is_of.pixel * pixel / total + is_of.dice * sum(dice) / len(dice)
 
 
 def loss_and_grad(loss_fn, logits, masks, **more):
@@ -57,10 +65,6 @@ def loss_and_grad(loss_fn, logits, masks, **more):
     loss = loss_fn(logits, masks, **more)
     loss.backward()
     return loss.detach(), logits.grad
-
-
-def test_every_loss_is_tried_here():
-    assert {name for name, _ in FORMS.values()} == set(LOSSES)
 
 
 def test_two_pixels_worked_by_hand():
@@ -81,7 +85,7 @@ def test_two_pixels_worked_by_hand():
         assert build_loss(name, class_weights=weights)(logits, masks).item() == pytest.approx(value, rel=1e-6)
 
 
-@every_form
+@every_fused_form
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_loss_and_gradient_equal_the_definition_pixel_by_pixel(form, layout):
     loss_fn, (logits, masks) = build(form), batch()
@@ -109,9 +113,102 @@ def test_pieces_do_not_change_the_result(form, layout, classes, monkeypatch):
     loss_fn = build(form, **({} if weights is None else {"class_weights": weights}))
     logits, masks = batch(c=classes, dtype=torch.float32)
     whole = loss_and_grad(loss_fn, logits.contiguous(memory_format=layout), masks)
-    monkeypatch.setattr("losses.softmax_loss._PIECE", {"cpu": 7 * classes})  # 7 pixels, 30 a picture
+    monkeypatch.setattr("losses.fused._PIECE", {"cpu": 7 * classes})  # 7 of the 30 pixels of an image
     pieces = loss_and_grad(loss_fn, logits.contiguous(memory_format=layout), masks)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-8)
+
+
+CASES = {
+    "float64": {"dtype": torch.float64},
+    "float32": {"dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "large": {"n": 1, "c": 17, "h": 31, "w": 40, "dtype": torch.float32},
+    "micro-batch": {"dtype": torch.float64, "denominator": 77.0},
+    "ignored 0": {"dtype": torch.float64, "ignore_index": 0},
+    "all ignored": {"dtype": torch.float32, "ignored": slice(None)},
+}
+
+
+@every_fused_form
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", CASES)
+def test_the_fused_form_equals_the_formula(form, layout, case):
+    options = dict(CASES[case])
+    more = {"denominator": options.pop("denominator")} if "denominator" in options else {}
+    ignore_index, ignored = options.pop("ignore_index", 255), options.pop("ignored", (0, slice(2)))
+    logits, masks = batch(**options)
+    masks[masks == 255] = 1
+    masks[ignored] = ignore_index
+    logits = logits.contiguous(memory_format=layout)
+    settings = {"ignore_index": ignore_index}
+    if FORMS[form][1].get("class_weights"):
+        settings["class_weights"] = torch.arange(1.0, logits.shape[1] + 1)
+    one, other = (
+        loss_and_grad(build(form, fused=fused, **settings), logits, masks, **more) for fused in (True, False)
+    )
+    tight = {torch.float64: (1e-9, 1e-12), torch.float32: (1e-4, 1e-8), torch.bfloat16: (1e-2, 1e-5)}
+    rtol, atol = tight[logits.dtype]
+    torch.testing.assert_close(one[0], other[0], rtol=min(rtol, 1e-4), atol=1e-7)
+    torch.testing.assert_close(one[1], other[1], rtol=rtol, atol=atol)
+    assert one[1].dtype == other[1].dtype == logits.dtype
+
+
+@every_form
+def test_the_terms_of_both_forms_are_the_same(form):
+    logits, masks = batch()
+    one, other = (build(form, fused=fused).with_terms(logits, masks)[1] for fused in (True, False))
+    assert list(one) == list(other)
+    torch.testing.assert_close(one, other)
+    assert not any(term.requires_grad for term in other.values())
+
+
+@every_form
+def test_a_call_leaves_no_attribute_behind(form):
+    logits, masks = batch()
+    loss_fn = AuxLoss(build(form))
+    before = [sorted(vars(module)) for module in loss_fn.modules()]
+    loss_fn.with_terms((logits, logits), masks)
+    assert [sorted(vars(module)) for module in loss_fn.modules()] == before
+
+
+@every_form
+def test_the_formula_compiles_to_one_graph(form):
+    torch.compiler.reset()
+    logits, masks = batch(dtype=torch.float32)
+    loss_fn = build(form, fused=False)
+    compiled = torch.compile(loss_fn, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits, masks), loss_fn(logits, masks))
+
+
+class Squared(SegmentationLoss):
+    """A loss of one's own, with nothing but `forward`."""
+
+    def forward(self, logits, masks, denominator=None):
+        valid, labels = self.split(masks)
+        pixels = self.denominator(masks) if denominator is None else denominator
+        p_y = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+        return ((1 - p_y).square() * valid).sum() / pixels
+
+
+@every_computation
+@pytest.mark.parametrize("denominator", [None, 80.0])
+def test_joint_combines_dice_with_a_loss_that_a_user_adds(fused, denominator, monkeypatch):
+    monkeypatch.setitem(LOSSES, "squared", Squared)
+    logits, masks = batch()
+    loss_fn = build_loss("joint", joint_ce="squared", dice_weight=0.25, fused=fused)
+    loss, terms = loss_fn.with_terms(logits, masks, denominator)
+    squared = build_loss("squared")(logits, masks, denominator)
+    dice = build_loss("dice")(logits, masks, denominator)
+    torch.testing.assert_close(loss, 0.75 * squared + 0.25 * dice)
+    assert list(terms) == ["squared", "dice"]
+    assert build_loss("squared").with_terms(logits, masks)[1].keys() == {"squared"}
+
+
+def test_sums_by_label_in_buckets_are_those_of_bincount():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(2, 3000, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 5, (2, 3000), generator=generator)
+    torch.testing.assert_close(_sum_by_label_in_buckets(values, labels, 7), _sum_by_label(values, labels, 7))
 
 
 def test_cross_entropies_equal_those_of_torch():
@@ -153,30 +250,35 @@ def test_joint_equals_its_parts_and_names_them(joint_ce):
     (part, part_grad), (dice, dice_grad) = (loss_and_grad(f, logits, masks) for f in (part_fn, dice_fn))
     torch.testing.assert_close(value, 0.7 * part + 0.3 * dice)
     torch.testing.assert_close(grad, 0.7 * part_grad + 0.3 * dice_grad, rtol=1e-4, atol=1e-8)
-    torch.testing.assert_close(joint_fn.terms, {joint_ce: part, "dice": dice})
-    assert list(part_fn.terms) == [joint_ce] and not joint_fn.terms["dice"].requires_grad
+    logits = logits.detach().requires_grad_()
+    loss, terms = joint_fn.with_terms(logits, masks)
+    torch.testing.assert_close((loss.detach(), terms), (value, {joint_ce: part, "dice": dice}))
+    assert list(part_fn.with_terms(logits, masks)[1]) == [joint_ce]
+    assert loss.requires_grad and not terms["dice"].requires_grad
 
 
 @every_form
+@every_computation
 @pytest.mark.parametrize("ignore_index", [255, 0, -1])
-def test_ignored_pixels_change_neither_value_nor_gradient(form, ignore_index):
+def test_ignored_pixels_change_neither_value_nor_gradient(form, ignore_index, fused):
     logits, masks = batch(dtype=torch.float32)
     masks = torch.where(masks == 255, ignore_index, masks)
     ignored = (masks == ignore_index)[:, None].expand_as(logits)
     other = torch.where(ignored, 70 * torch.randn_like(logits), logits)
-    loss_fn = build(form, ignore_index=ignore_index)
+    loss_fn = build(form, ignore_index=ignore_index, fused=fused)
     (value, grad), (other_value, other_grad) = (loss_and_grad(loss_fn, x, masks) for x in (logits, other))
     assert torch.equal(value, other_value) and torch.equal(grad, other_grad)
     assert (grad[ignored] == 0).all() and grad[~ignored].abs().min() > 0
 
 
 @every_form
-def test_targets_are_never_written_to(form):
+@every_computation
+def test_targets_are_never_written_to(form, fused):
     for dtype in (torch.int64, torch.uint8):
         logits, masks = batch()
         masks = masks.to(dtype)
         before, version = masks.clone(), masks._version
-        loss_and_grad(build(form), logits, masks)
+        loss_and_grad(build(form, fused=fused), logits, masks)
         assert torch.equal(masks, before) and masks._version == version
 
 
@@ -219,8 +321,8 @@ def test_half_precision_logits_of_80_stay_finite(form, dtype):
     assert value.isfinite() and torch.equal(value, reference)
 
 
-@pytest.mark.parametrize("form", ["ce", "joint over focal"])
-def test_large_pictures_in_half_precision_stay_finite(form):
+@pytest.mark.parametrize("form", ["ce", "joint with focal"])
+def test_large_images_in_half_precision_stay_finite(form):
     logits = torch.full((1, 4, 1024, 1024), 80.0, dtype=torch.float16)
     logits[:, 1] = -80
     value, grad = loss_and_grad(build(form), logits, torch.ones(1, 1024, 1024, dtype=torch.uint8))
@@ -278,8 +380,9 @@ def test_dice_of_a_micro_batch_enters_by_its_part_of_the_valid_pixels():
 def test_a_class_of_weight_0_is_no_reason_to_leave_dice_out():
     logits, masks = torch.randn(1, 3, 8, 8, requires_grad=True), torch.zeros(1, 8, 8, dtype=torch.long)
     joint = build_loss("joint", joint_ce="weighted_ce", class_weights=[0.0, 1.0, 1.0])
-    joint(logits, masks).backward()
-    torch.testing.assert_close(joint.terms["dice"], build_loss("dice")(logits.detach(), masks))
+    loss, terms = joint.with_terms(logits, masks)
+    loss.backward()
+    torch.testing.assert_close(terms["dice"], build_loss("dice")(logits.detach(), masks))
     assert logits.grad.abs().max() > 0
 
 
@@ -300,14 +403,17 @@ def test_dice_of_a_perfect_prediction_is_0():
     assert build("dice", dice_smooth=0)(logits, masks) == 0
 
 
-def test_auxiliary_loss_adds_its_share_and_passes_plain_logits_on():
+def test_auxiliary_loss_adds_its_fraction_and_takes_plain_logits_too():
     (logits, masks), (aux_logits, _) = batch(), batch(seed=1)
     loss_fn = build("joint")
     aux_fn = AuxLoss(loss_fn, weight=0.4)
     wanted, aux = loss_fn(logits, masks), loss_fn(aux_logits, masks)
-    torch.testing.assert_close(aux_fn((logits, aux_logits), masks), wanted + 0.4 * aux)
-    assert set(aux_fn.terms) == {"ce", "dice", "aux"} and aux_fn.terms["aux"] == aux
-    assert aux_fn(logits, masks) == wanted and set(aux_fn.terms) == {"ce", "dice"}
+    loss, terms = aux_fn.with_terms((logits, aux_logits), masks)
+    torch.testing.assert_close(loss, wanted + 0.4 * aux)
+    assert torch.equal(loss, aux_fn((logits, aux_logits), masks))
+    assert set(terms) == {"ce", "dice", "aux"} and terms["aux"] == aux
+    loss, terms = aux_fn.with_terms(logits, masks)
+    assert aux_fn(logits, masks) == loss == wanted and set(terms) == {"ce", "dice"}
     assert aux_fn.denominator(masks) == loss_fn.denominator(masks)
 
 
@@ -326,13 +432,14 @@ def test_median_frequency_weights_worked_by_hand():
         ("dice", {"focal_gamma": 2.0}, "focal_gamma does not apply"),
         ("focal", {"focal_gama": 2.0}, "focal_gama does not apply"),
         ("focal", {"focal_gamma": -1.0}, "focal_gamma must be 0 or more"),
-        ("weighted_ce", {}, "needs one number a class"),
+        ("weighted_ce", {}, "needs one number per class"),
         ("weighted_ce", {"class_weights": [1.0, float("inf")]}, "finite"),
         ("weighted_ce", {"class_weights": [1.0, -1.0]}, "below 0"),
         ("joint", {"joint_ce": "dice"}, "joint_ce must be"),
-        ("joint", {"joint_ce": "weighted_ce"}, "class_weights belong"),
-        ("joint", {"class_weights": [1.0, 2.0]}, "class_weights belong"),
-        ("joint", {"focal_gamma": 2.0}, "focal_gamma applies"),
+        ("joint", {"joint_ce": "weighted_ce"}, "'weighted_ce' needs one number per class; got none"),
+        ("joint", {"class_weights": [1.0, 2.0]}, "class_weights does not apply to loss 'ce'"),
+        ("joint", {"focal_gamma": 2.0}, "focal_gamma does not apply to loss 'ce', which takes no options"),
+        ("joint", {"joint_ce": "focal", "focal_gama": 2.0}, "focal_gama does not apply to loss 'focal'"),
         ("joint", {"dice_weight": 1.5}, "dice_weight must be in 0..1"),
         ("dice", {"dice_smooth": -1.0}, "dice_smooth must be 0 or more"),
     ],
@@ -351,8 +458,9 @@ def test_wrong_shapes_and_labels_are_refused():
         (logits, torch.full_like(masks, -7), "class ids 0..3"),
         (logits[:, :3], masks, "each of the 3 classes"),
     ):
-        with pytest.raises(ValueError, match=words):
-            build("weighted_ce")(x, y)
-        if words == "class ids 0..3":
+        for fused in (True, False):
             with pytest.raises(ValueError, match=words):
-                build("joint")(x, y)
+                build("joint with weighted_ce", fused=fused)(x, y)
+            if words == "class ids 0..3":
+                with pytest.raises(ValueError, match=words):
+                    build("joint", fused=fused)(x, y)

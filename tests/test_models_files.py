@@ -11,13 +11,14 @@ from torch import nn
 
 from models import build_model, load_model, load_pretrained, read_checkpoint
 from models.backbones import VGG, ResNet
+from models.checkpoint import FORMAT
 
 OPTIONS = {"base_channels": 4}
 
 
 def checkpoint(**changes):
     content = {
-        "format": 1,
+        "format": FORMAT,
         "kind": "best",
         "model": build_model("unet", 3, 1, **OPTIONS).state_dict(),
         "architecture": {"name": "unet", "num_classes": 3, "in_channels": 1, "options": OPTIONS},
@@ -31,7 +32,7 @@ def path(tmp_path):
     return tmp_path / "best.pt"
 
 
-def test_a_loaded_model_predicts_as_the_saved_one_and_tells_what_the_run_knew(path):
+def test_a_loaded_model_predicts_as_the_saved_one_and_has_the_run_s_description(path):
     model = build_model("unet", 3, 1, **OPTIONS).eval()
     torch.save(checkpoint(model=model.state_dict()), path)
     random_state = torch.get_rng_state()
@@ -57,7 +58,7 @@ def test_averaged_weights_are_the_ones_that_predict(path):
     torch.save(checkpoint(ema=ema), path)
     assert not any(value.any() for value in load_model(path).state_dict().values())
     torch.save(checkpoint(ema=None), path)
-    assert load_model(path).head.weight.any()
+    assert load_model(path).classifier.weight.any()
 
 
 def test_a_truncated_checkpoint_is_refused(path):
@@ -89,17 +90,17 @@ class Opener:
     [
         ([1, 2], "must hold a dict; got list"),
         ({"state_dict": {}}, "must have a 'format' number; it holds .'state_dict'"),
-        (checkpoint(format=7), "has checkpoint format 7, but this code reads format 1"),
+        (checkpoint(format=7), "has checkpoint format 7, but this code reads formats 1 and 2"),
         (
-            checkpoint(model={"head.weight": torch.full((1,), torch.nan)}),
-            "must be finite; 'head.weight' is not",
+            checkpoint(model={"classifier.weight": torch.full((1,), torch.nan)}),
+            "must be finite; 'classifier.weight' is not",
         ),
-        (checkpoint(ema={"head.weight": torch.full((1,), torch.inf)}), "entry 'ema', must be finite"),
+        (checkpoint(ema={"classifier.weight": torch.full((1,), torch.inf)}), "entry 'ema', must be finite"),
         (checkpoint(model=[1]), "entry 'model', must be a dict of tensors by name"),
         (checkpoint(architecture={"name": "unet"}), "entry 'architecture', must name .'name', 'num_classes'"),
         (checkpoint(info=None), "must hold dicts under 'info' and 'options'"),
         (
-            checkpoint(model={"head.weight": torch.zeros(1)}),
+            checkpoint(model={"classifier.weight": torch.zeros(1)}),
             "does not fit the unet it describes: .*Missing key",
         ),
         (checkpoint(info={"opener": Opener()}), "is not a checkpoint that can be opened safely"),
@@ -125,12 +126,12 @@ def test_public_weights_fill_the_backbone_and_the_classifier_is_reported(path, l
     source = {**ResNet("resnet18").state_dict(), "fc.weight": torch.rand(10, 512), "fc.bias": torch.rand(10)}
     torch.save(source, path, _use_new_zipfile_serialization=not legacy)
     model = build_model("deeplabv3plus", 2, backbone="resnet18")
-    head = model.head.weight.clone()
+    classifier = model.classifier.weight.clone()
     report = load_pretrained(model, path)
     assert report.left_over == ("fc.weight", "fc.bias") and report.missing == report.adapted == ()
     assert str(report) == "120 tensors loaded; 2 left over (fc.weight, fc.bias)"
     assert all(torch.equal(value, source[key]) for key, value in model.backbone.state_dict().items())
-    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.classifier.weight, classifier)
 
 
 @pytest.mark.parametrize("in_channels", [1, 2, 3, 5])
@@ -140,7 +141,7 @@ def test_a_first_convolution_on_rgb_is_adapted_to_other_channels(path, in_channe
     model = build_model("pspnet", 2, in_channels, backbone="resnet18").eval()
     report = load_pretrained(model, path)
     assert report.adapted == (() if in_channels == 3 else ("backbone.conv1.weight",))
-    grey = torch.rand(1, 1, 32, 32)  # the same picture in every channel gives what it gave in colour
+    grey = torch.rand(1, 1, 32, 32)  # the same image in every channel gives the same result as in color
     expected = nn.functional.conv2d(grey.expand(-1, 3, -1, -1), source["conv1.weight"])
     given = nn.functional.conv2d(grey.expand(-1, in_channels, -1, -1), model.backbone.conv1.weight)
     if in_channels in (1, 3):

@@ -274,7 +274,7 @@ def test_weights_that_do_not_fit_at_all_are_refused(settings, finished, monkeypa
     checkpoint = finished[1] / "best.pt"
     if "freeze_backbone" in changes:  # of which something else than the backbone fits
         content = read_checkpoint(checkpoint)
-        content["model"] = {"decoder1.0.bias": torch.zeros(4)}
+        content["model"] = {"decoder1.0.weight": torch.zeros(4, 4, 3, 3)}
         monkeypatch.setattr(train, "read_checkpoint", lambda _: content)
     with pytest.raises(Fail, match=words):
         train.main(settings(init_from=str(checkpoint), **changes))

@@ -118,14 +118,11 @@ class Validator:
     ) -> Iterator[Iterator[tuple[int, tuple, Tensor]]]:
         """Yield for each batch of indices an iterator over (index, item, logits (1, C, H, W))."""
         torch.backends.cudnn.benchmark = False  # it would tune for every size of image
-        options = {"device": self.device, "dtype": self.precision, "channels_last": self.channels_last}
-        predictor = Predictor(
-            prepare_for_inference(model, weights, **options),
-            mean=self.mean,
-            std=self.std,
-            memory_format=memory_format(self.channels_last, self.device),
-            batch_size=self.batch_size,
-        )
+        layout = memory_format(self.channels_last, self.device)
+        options = {"dtype": self.precision, "channels_last": layout == torch.channels_last}
+        prepared = prepare_for_inference(model, weights, device=self.device, **options)
+        looks = {"mean": self.mean, "std": self.std, "memory_format": layout}
+        predictor = Predictor(prepared, **looks, batch_size=self.batch_size)
         on_gpu = self.device.type == "cuda"
         threads = torch.get_num_threads() if on_gpu else 0  # on a CPU the network needs the cores
         loaded = evaluation_items(self.dataset, batches, threads, pin_memory=on_gpu)

@@ -93,10 +93,6 @@ def export(
     """
     network = Exportable(model, mean, std).eval()
     folded = Exportable(fold(copy.deepcopy(model), len(mean)), mean, std).eval()
-    if path.suffix == ".onnx":
-        for module in folded.modules():
-            if hasattr(module, "by_products"):  # a pooling that ONNX has not for free sizes
-                module.by_products = True
     example = (torch.zeros(2, len(mean), 64, 96, dtype=torch.uint8),)
     sides = {2: torch.export.Dim("height", min=SMALLEST), 3: torch.export.Dim("width", min=SMALLEST)}
     shapes = {"images": {0: torch.export.Dim("batch"), **sides}}

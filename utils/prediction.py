@@ -29,7 +29,7 @@ from metrics import ConfusionMatrix, predicted_ids
 from models import prepare_for_inference
 from utils import visualize
 from utils.checkpoint import flush_to_disk, write_atomic, write_image
-from utils.device import keep_freed_memory, to_device
+from utils.device import keep_freed_memory, memory_format, to_device
 from utils.inference import Block, Predictor, image_logits, join_blocks, restored_strips, sliding_blocks
 
 SCORES = ("mean_iou", "mean_dice", "pixel_accuracy")  # of an image whose ground truth is given
@@ -332,5 +332,8 @@ def load_predictor(
     model: nn.Module, device: torch.device, dtype: torch.dtype, tta: str, batch_size: int
 ) -> Predictor:
     """Return a predictor of a model from `models.load_model`."""
-    prepared = prepare_for_inference(model, device=device, dtype=dtype)
-    return Predictor(prepared, mean=model.info.mean, std=model.info.std, tta=tta, batch_size=batch_size)
+    layout = memory_format(True, device)
+    channels_last = layout == torch.channels_last
+    prepared = prepare_for_inference(model, device=device, dtype=dtype, channels_last=channels_last)
+    options = {"mean": model.info.mean, "std": model.info.std, "memory_format": layout}
+    return Predictor(prepared, **options, tta=tta, batch_size=batch_size)

@@ -95,7 +95,8 @@ def load_initial_weights(
     own = [*model.state_dict()]
     missing = [key for key in own if key in skipped]
     frozen = [key for key in missing if needs_backbone and key.startswith("backbone.")]
-    if len(missing) == len(own):
+    kernels = [key for key, value in model.state_dict().items() if value.dim() > 1]
+    if set(kernels) <= set(missing):  # a bias may still have the same name and shape
         raise ValueError(f"init_from {source}: none of its weights fits {name}. Give a checkpoint of {name}")
     if frozen:
         raise ValueError(

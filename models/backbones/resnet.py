@@ -1,18 +1,19 @@
-"""ResNet without its classifier, its last stages dilated on request so that they stay fine."""
+"""ResNet without its classifier, whose last stages can be dilated instead of strided."""
 
 from torch import Tensor, nn
 
-from ..layers import check_choice, init_weights
+from ..checks import check_choice
+from ..layers import init_weights
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and the identity (ResNet18 and 34).
+    """Two 3x3 convolutions and a shortcut (ResNet18 and 34).
 
     Args:
-        in_channels: channels that come in.
-        width: channels of both convolutions, and of what goes out.
+        in_channels: channels of the input.
+        width: channels of both convolutions and of the output.
         stride: of the first convolution.
-        dilation: of the convolution that bears the stride.
+        dilation: of the convolution that has the stride.
         next_dilation: of every 3x3 convolution after it.
     """
 
@@ -36,9 +37,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 down, 3x3 with the stride, 1x1 up to four times the width, and the identity (ResNet50 and 101).
+    """1x1 to `width`, 3x3 with the stride, 1x1 to four times the width, and a shortcut (ResNet50 and 101).
 
-    Args as in `BasicBlock`; the only 3x3 convolution is the one that bears the stride.
+    Args as in `BasicBlock`; the only 3x3 convolution is the one that has the stride.
     """
 
     expansion = 4
@@ -65,7 +66,7 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """Return the projection for an identity whose shape changes, else None."""
+    """Return the projection of a shortcut whose shape changes, else None."""
     if stride == 1 and in_channels == out_channels:
         return None
     conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
@@ -82,27 +83,27 @@ DILATIONS = {8: (1, 1, 2, 4), 16: (1, 1, 1, 2), 32: (1, 1, 1, 1)}  # of the four
 
 
 class ResNet(nn.Module):
-    """ResNet: stages of residual blocks; here it returns the maps of its four stages.
+    """ResNet: four stages of residual blocks, whose outputs are all returned.
 
     Paper: Deep Residual Learning for Image Recognition (He et al., 2015), https://arxiv.org/abs/1512.03385.
-    A block learns only what to add to its input, so a hundred layers still pass their gradients on. Dilation
-    (Yu and Koltun, 2016) keeps late stages fine: where a stride is given up, later taps move apart instead,
-    and every weight means what it meant before.
-    Route: image 1/1 → stem 1/2 → pool 1/4 → layer1 1/4, layer2 1/8, layer3 1/16, layer4 1/32; none of them
-    goes beyond 1/output_stride.
-    Differs from the paper: a Bottleneck's stride sits on its 3x3 convolution, as torchvision has it. In a
+    A block learns only what to add to its input, so that gradients pass through a hundred layers. Dilation
+    (Yu and Koltun, 2016) keeps the resolution of late stages: where a stride is removed, the kernels after it
+    are dilated, and every weight keeps its meaning.
+    Route: image 1/1 → stem 1/2 → pool 1/4 → layer1 1/4, layer2 1/8, layer3 1/16, layer4 1/32; no stage goes
+    below 1/output_stride.
+    Differs from the paper: the stride of a Bottleneck is in its 3x3 convolution, as in torchvision. In a
     dilated stage the convolution that lost its stride keeps the dilation before it, all later ones take the
-    doubled one; the same rule holds in BasicBlocks, which torchvision refuses to dilate.
+    doubled one; the same rule applies to BasicBlocks, which torchvision refuses to dilate.
     Initial weights: He normal (fan out), batch norm 1 and 0.
     Parameters: 11,176,512 (18), 21,284,672 (34), 23,508,032 (50), 42,500,160 (101).
 
     Args:
         name: a key of `RESNETS`.
         in_channels: channels of the images.
-        output_stride: 8, 16 or 32, the stride of the last map.
+        output_stride: 8, 16 or 32, the stride of the last stage.
 
     Shape:
-        images (N, in_channels, H, W) → four maps, `out_channels[i]` channels each.
+        images (N, in_channels, H, W) → four feature maps, `out_channels[i]` channels each.
     """
 
     def __init__(self, name: str, in_channels: int = 3, output_stride: int = 32) -> None:
@@ -129,7 +130,7 @@ class ResNet(nn.Module):
         init_weights(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the maps of layer1 to layer4."""
+        """Return the outputs of layer1 to layer4."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))  # 1/4
         x1 = self.layer1(x)  # 1/4
         x2 = self.layer2(x1)  # 1/8

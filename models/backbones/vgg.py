@@ -1,10 +1,12 @@
-"""VGG without its classifier, with batch norm as a choice."""
+"""VGG without its classifier, with or without batch norm."""
 
 from torch import Tensor, nn
 
-from ..layers import check_choice, init_weights, pad_even
+from ..checks import check_choice
+from ..layers import init_weights
+from ..ops import pad_even
 
-DEPTHS = {  # convolutions before each of the five poolings
+DEPTHS = {  # convolutions before each of the five pooling layers
     "vgg11": (1, 1, 2, 2, 2),
     "vgg13": (2, 2, 2, 2, 2),
     "vgg16": (2, 2, 3, 3, 3),
@@ -14,29 +16,37 @@ VGGS = (*DEPTHS, *(f"{name}_bn" for name in DEPTHS))
 
 
 class VGG(nn.Module):
-    """VGG: nothing but 3x3 convolutions, ReLU, and five poolings that halve the map.
+    """VGG: 3x3 convolutions and ReLU alone, with five pooling layers that halve the size.
 
     Paper: Very Deep Convolutional Networks for Large-Scale Image Recognition (Simonyan and Zisserman, 2014),
-    https://arxiv.org/abs/1409.1556. Two 3x3 convolutions see what a 5x5 sees, with fewer weights and one more
-    ReLU.
+    https://arxiv.org/abs/1409.1556. Two 3x3 convolutions have the receptive field of a 5x5 with fewer weights
+    and one more ReLU.
     Route: image 1/1 → 1/2 (64) → 1/4 (128) → 1/8 (256) → 1/16 (512) → 1/32 (512).
-    Differs from the paper: batch norm where the name ends in _bn, without which deep ones hardly train from
+    Differs from the paper: batch norm where the name ends in _bn. Without it, deep VGGs hardly train from
     random weights.
-    Initial weights: He normal (fan out), as torchvision has it.
+    Initial weights: He normal (fan out), as in torchvision.
     Parameters (convolutions only): 9,220,480 (vgg11), 9,404,992 (13), 14,714,688 (16), 20,024,384 (19).
 
     Args:
         name: one of `VGGS`.
         in_channels: channels of the images.
-        base_channels: channels of the first stage, 64 in the paper; the others grow with it.
-        round_up: pool the last row and column of an odd map too, as Caffe did; torchvision drops them.
+        base_channels: channels of the first stage, 64 in the paper; the others scale with it.
+        round_up: also pool the last row and column of an odd size, as Caffe did; torchvision drops them.
+        return_indices: the pooling layers return the indices of the maxima too, for a network that calls the
+            layers of `features` itself.
 
     Shape:
-        images (N, in_channels, H, W) → five maps, each after its pooling, `out_channels[i]` channels.
+        images (N, in_channels, H, W) → five feature maps, each after pooling, `out_channels[i]` channels.
     """
 
     def __init__(
-        self, name: str, in_channels: int = 3, base_channels: int = 64, round_up: bool = False
+        self,
+        name: str,
+        in_channels: int = 3,
+        base_channels: int = 64,
+        *,
+        round_up: bool = False,
+        return_indices: bool = False,
     ) -> None:
         super().__init__()
         check_choice("backbone", name, VGGS)
@@ -51,17 +61,17 @@ class VGG(nn.Module):
                     layers.append(nn.BatchNorm2d(channels))
                 layers.append(nn.ReLU(inplace=True))
                 in_channels = channels
-            layers.append(nn.MaxPool2d(2))
+            layers.append(nn.MaxPool2d(2, return_indices=return_indices))
         self.features = nn.Sequential(*layers)
         init_weights(self)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the maps after the five poolings."""
-        x, maps = images, []
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the feature maps after the five pooling layers."""
+        x, pooled = images, []
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
-                x = layer(pad_even(x) if self.round_up else x)  # after ReLU a zero never beats a value
-                maps.append(x)
+                x = layer(pad_even(x) if self.round_up else x)  # zeros change no maximum after ReLU
+                pooled.append(x)
             else:
                 x = layer(x)
-        return maps
+        return tuple(pooled)
