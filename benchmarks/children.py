@@ -81,7 +81,7 @@ def make_context(method: str = "forkserver") -> multiprocessing.context.BaseCont
         folders = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, folders))  # the server has another sys.path
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # `is_available` without the CUDA driver
-        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of semaphores of children that were killed
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # killed children leave semaphores
         ensure_running()
         os.environ.clear()
         os.environ.update(before)
@@ -105,11 +105,12 @@ class Child:
     def run(
         self, function: str, arguments: dict[str, Any], seconds: float, values: dict[str, Any]
     ) -> tuple[str, str]:
-        """Run a function of `gpu_items`.
+        """Run a function.
 
         Args:
-            function: its name. It is called with `report`, which takes a dict of values, and `arguments`.
-            arguments: keyword arguments, picklable.
+            function: its module and name, with a dot between. It is called with `report`, which takes a dict
+                of values, and with `arguments`.
+            arguments: keyword arguments, picklable, `settings` among them.
             seconds: after which the process is killed.
             values: receives what is reported, at once, so that a killed measurement leaves what it had.
 
@@ -181,11 +182,11 @@ def _serve(pipe: Connection, log: str) -> None:
 
 
 def _outcome(name: str, arguments: dict[str, Any], report: Callable[[dict], None]) -> tuple[str, str]:
-    """Call the function of `gpu_items`; return status and reason."""
+    """Call a function on its device; return status and reason, or a note."""
     try:
-        items = importlib.import_module("gpu_items")
-        items.use(arguments["settings"].device)
-        getattr(items, name)(report=report, **arguments)
+        importlib.import_module("gpu_items").use(arguments["settings"].device)
+        module, _, function = name.rpartition(".")
+        getattr(importlib.import_module(module), function)(report=report, **arguments)
     except NotHere as note:
         return "done", str(note)
     except BaseException as error:  # SystemExit too: a test runner, or train.py, that ends early

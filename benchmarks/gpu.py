@@ -43,7 +43,7 @@ GOALS = {"unet": 0.45, "deeplabv3plus_resnet50": 0.35, "pspnet_resnet50": 0.35} 
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement and one row: a function of `gpu_items` and its own arguments."""
+    """One measurement and one row: a function, of `gpu_items` where it has no dot, and its own arguments."""
 
     name: str
     function: str
@@ -196,7 +196,8 @@ class Session:
         try:
             self.child = self.child or Child(self.context, self.log)
             arguments = {"settings": self.settings, "seconds": seconds, **task.arguments}
-            return self.child.run(task.function, arguments, seconds, values)
+            function = task.function if "." in task.function else f"gpu_items.{task.function}"
+            return self.child.run(function, arguments, seconds, values)
         except OSError as error:  # no process could be started
             return "failed", str(error)
         finally:
@@ -356,7 +357,6 @@ def main() -> int:
             [(name, f"{item.seconds:g}", len(item.tasks), item.about) for name, item in ITEMS.items()],
         )
         return 0
-    signal.signal(signal.SIGTERM, interrupt)
     names = [name for name in ITEMS if not args.only or name in args.only]
     with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as scratch:
         session = Session(settings_of(args, scratch), args.minutes, started)
@@ -380,4 +380,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)
     sys.exit(main())

@@ -43,6 +43,7 @@ from utils.device import is_out_of_memory
 
 Report = Callable[[dict[str, Any]], None]
 CAMVID_SIZE = (360, 480)
+SIZES = {True: 2**30, False: 2**24}  # bytes that are copied, on a GPU and on a CPU
 RECIPE = ROOT / "benchmarks" / "recipes" / "camvid_gpu.json"
 DRIVER = "name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,clocks.sm,temperature.gpu,memory.total"
 
@@ -50,7 +51,8 @@ DRIVER = "name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,clocks.sm
 def use(device: str) -> None:
     """Make a CUDA device the current one, and start CUDA, which counting memory needs."""
     if device.startswith("cuda"):
-        torch.cuda.set_device(torch.device(device))
+        if torch.device(device).index is not None:
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
 
 
@@ -67,15 +69,15 @@ def limits(report: Report, settings: Settings, seconds: float) -> None:
     """Versions, and what the device can do: matrix products, copies, launches."""
     report({"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()})
     if settings.on_gpu:
-        report(card(settings.device))
+        report(card())
     report(launch_costs(settings))
     report(product_rates(settings))
     report(copy_rates(settings))
 
 
-def card(device: str) -> dict[str, Any]:
+def card() -> dict[str, Any]:
     """The card's properties and, where nvidia-smi answers, its driver, power limit and clocks."""
-    found = torch.cuda.get_device_properties(device)
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
     values: dict[str, Any] = {
         "card": found.name,
         "memory_gib": found.total_memory / 2**30,
@@ -118,7 +120,7 @@ def product_rate(settings: Settings, dtype: torch.dtype, repeat: int = 10) -> fl
 
 def copy_rates(settings: Settings) -> dict[str, float]:
     """GB/s of copies: within the device (bytes read and written), and from and to the host."""
-    size = 2**30 if settings.on_gpu else 2**24
+    size = SIZES[settings.on_gpu]
     source = torch.randint(256, (size,), dtype=torch.uint8, device=settings.device)
     target = torch.empty_like(source)
     copies = {"device_copy": (2, lambda: target.copy_(source))}
@@ -674,7 +676,7 @@ def validation(report: Report, settings: Settings, seconds: float) -> None:
     with ready(settings, case_of(settings, "deeplabv3plus_resnet50", size=size, data=data)) as run:
         for name in ("first_validation", "validation"):
             start = time.perf_counter()
-            images = worker.our_validation(run)
+            images, _ = worker.our_validation(run)
             report({f"{name}_images_per_second": images / (time.perf_counter() - start)})
         weights = worker.our_checkpoint(run)
         source, output = Path(data, "val", "images"), Path(settings.scratch) / "predictions"

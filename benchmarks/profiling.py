@@ -37,7 +37,7 @@ SHOWN = 8  # kernels
 def synchronize(device: str) -> None:
     """Wait for the GPU."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
 
 
 def call_times(call: Callable[[], object], count: int, device: str) -> list[float]:
@@ -49,12 +49,12 @@ def call_times(call: Callable[[], object], count: int, device: str) -> list[floa
             marks.append(time.perf_counter())
         return [1000 * (after - before) for before, after in zip(marks, marks[1:], strict=False)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize()
     events[0].record()
     for event in events[1:]:
         call()
         event.record()
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize()
     return [before.elapsed_time(after) for before, after in zip(events, events[1:], strict=False)]
 
 
@@ -109,13 +109,13 @@ def summary(times: list[float], images: int = 0) -> dict[str, float]:
 def reset_peak(device: str) -> None:
     """Begin to measure the peak of the GPU's memory anew."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_gib(device: str) -> float:
     """Return the peak memory: of the GPU's tensors, or of this process, which cannot be reset."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_allocated() / 2**30
     return resident("VmHWM") / 2**30
 
 

@@ -231,7 +231,7 @@ def our_step(run: Any, count: int | None = None) -> Callable[[], object]:
 
 
 def our_epoch(run: Any) -> dict[str, float]:
-    """An epoch of train.py's loop over the data: pictures per second and the share of waiting for them."""
+    """An epoch of train.py's loop over the data: images per second and the share of waiting for them."""
     import train
 
     run.clock.seconds = dict.fromkeys(run.clock.seconds, 0.0)
@@ -251,12 +251,11 @@ def our_loader(run: Any, epoch: int) -> int:
     return sum(len(images) for images, *_ in run.loader.epoch(batches, epoch))
 
 
-def our_validation(run: Any) -> int:
-    """A validation by train.py; returns the number of images."""
+def our_validation(run: Any) -> tuple[int, Any]:
+    """A validation by train.py; returns the number of images, and `counts`, `scores` and `loss`."""
     import train
 
-    train.evaluate(run, train.averaged_weights(run))
-    return len(run.val_set)
+    return len(run.val_set), train.evaluate(run, train.averaged_weights(run))
 
 
 def our_checkpoint(run: Any) -> Path:
