@@ -93,16 +93,20 @@ def pair(network: str, op: str) -> Task:
     return Task(f"{op}, {network}", "form_of_step", {"network": network, "op": op})
 
 
+def epoch_task(network: str, moves: str, workers: int | None = None, cache: str = "auto") -> Task:
+    """Epochs with data; workers None: as train.py chooses."""
+    name = f"{network}, {moves}, workers {'auto' if workers is None else workers}, cache {cache}"
+    arguments = {"network": network, "moves": moves, "workers": workers, "half": network == "unet"}
+    return Task(name, "epochs", {**arguments, "cache": cache})
+
+
 def epoch_tasks() -> tuple[Task, ...]:
-    """Epochs by augmentation, network and number of workers; None: as train.py chooses."""
+    """Epochs by augmentation, network, number of workers and cache."""
+    ways = [{}, {"cache": "off"}, {"workers": 8}, {"workers": 0}]
     return tuple(
-        Task(
-            f"{network}, {moves}, workers {'auto' if workers is None else workers}",
-            "epochs",
-            {"network": network, "moves": moves, "workers": workers, "half": network == "unet"},
-        )
-        for workers in (None, 8, 0)
-        for moves in ("zoom, colour, rotation", "zoom, colour")
+        epoch_task(network, moves, **way)
+        for way in ways
+        for moves in ("zoom, colour, rotation", "zoom, colour")[: 1 if "cache" in way else 2]
         for network in ("unet", "deeplabv3plus_resnet50")
     )
 

@@ -332,10 +332,10 @@ def steps(report: Report, settings: Settings, seconds: float, network: str) -> N
 
     def measure(batch: int) -> None:
         case = case_of(settings, network, batch=batch)
-        profiling.reset_peak(settings.device)
         with ready(settings, case) as run:
             step = worker.our_step(run)
             timed = profiling.warmed_up(step, settings.device, 0.6 * seconds, timed=settings.steps)
+            profiling.reset_peak(settings.device)  # without what cuDNN's search for kernels took
             values = profiling.summary(profiling.call_times(step, timed, settings.device), batch)
             work = worker.floating_point_work(case)
             values |= {"batch": batch, "gflop_per_step": work / 1e9, "tflops": work / values["ms"] / 1e9}
@@ -365,7 +365,6 @@ def peer(report: Report, settings: Settings, seconds: float, way: str) -> None:
     network = "deeplabv3plus_resnet50"
 
     def measure(batch: int) -> None:
-        profiling.reset_peak(settings.device)
         with ExitStack() as stack:
             if way == "train.py":
                 case = case_of(settings, network, batch=batch)
@@ -374,6 +373,7 @@ def peer(report: Report, settings: Settings, seconds: float, way: str) -> None:
                 case = plain_case(settings, network, batch, way)
                 step, _ = worker.plain_step(case)
             timed = profiling.warmed_up(step, settings.device, seconds, timed=settings.steps)
+            profiling.reset_peak(settings.device)
             values = profiling.summary(profiling.call_times(step, timed, settings.device), batch)
             work = worker.floating_point_work(case)
             values |= {
@@ -566,10 +566,10 @@ def batches(report: Report, settings: Settings, seconds: float, network: str, ha
     size = max(32, settings.size // 2) if half else settings.size
     for batch in (max(1, settings.batch // 4), settings.batch, 4 * settings.batch):
         try:
-            profiling.reset_peak(settings.device)
             with ready(settings, case_of(settings, network, size=size, batch=batch)) as run:
                 step = worker.our_step(run)
                 timed = profiling.warmed_up(step, settings.device, seconds / 8)
+                profiling.reset_peak(settings.device)
                 times = profiling.call_times(step, timed, settings.device)
             found = profiling.summary(times, batch) | {"peak_gib": profiling.peak_gib(settings.device)}
         except Exception as error:
@@ -615,6 +615,7 @@ def compiled(
         report({"seconds_to_compile": 1e-3 * profiling.call_times(step, 1, settings.device)[0]})
         report(compilations())
         timed = profiling.warmed_up(step, settings.device, 10.0)
+        profiling.reset_peak(settings.device)
         values = profiling.summary(profiling.call_times(step, timed, settings.device), batch)
         values |= {"times_faster": eager / values["ms"], "peak_gib": profiling.peak_gib(settings.device)}
         report(values | {"host_ms": profiling.host_time(step, settings.device)})
@@ -648,10 +649,11 @@ def epochs(
     moves: str,
     workers: int | None,
     half: bool,
+    cache: str,
 ) -> None:
     """An epoch of train.py's loop: images per second, share of waiting; and the loader alone."""
     size = max(32, settings.size // 2) if half else settings.size
-    more = {"scale": (0.5, 2.0), "color_jitter": 0.3, **MOVES[moves], "num_workers": workers}
+    more = {"scale": (0.5, 2.0), "color_jitter": 0.3, "num_workers": workers, "cache": cache, **MOVES[moves]}
     case = case_of(settings, network, size=size, data=street_scenes(settings), **more)
     with ready(settings, case) as run:
         start = time.perf_counter()

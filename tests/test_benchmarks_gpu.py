@@ -487,8 +487,8 @@ def test_batches_are_compared_and_one_that_is_too_large_is_told(measured, monkey
 
 @pytest.mark.parametrize("workers", [None, 0, 2])
 def test_epochs_are_timed_with_and_without_training(workers, measured):
-    arguments = dict(network="unet", moves="zoom, colour, rotation", workers=workers, half=True)
-    found = measured("epochs", **arguments)
+    way = dict(workers=workers, half=True, cache="auto" if workers is None else "off")
+    found = measured("epochs", network="unet", moves="zoom, colour, rotation", **way)
     assert found["images_per_second"] > 0
     assert 0 <= found["waiting_share"] <= 1
     assert found["loader_images_per_second"] > 0

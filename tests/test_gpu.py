@@ -8,8 +8,8 @@ import dataclasses
 import os
 import signal
 import sys
+from pathlib import Path
 
-import doors
 import pytest
 import torch
 
@@ -18,6 +18,7 @@ from losses import LOSSES, build_loss
 from models import MODELS, build_model, read_checkpoint
 from utils.cli import Fail
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
@@ -53,7 +54,7 @@ def process_state():
 @pytest.fixture
 def worker(monkeypatch):
     """The benchmarks' way to a step and a validation of train.py."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(doors.ROOT / "benchmarks")])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
     import worker
 
     return worker
