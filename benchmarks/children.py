@@ -26,7 +26,13 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PRELOADED = ["torch", "torch._dynamo", "matplotlib.figure", "torchvision.models.segmentation", "pytest"]
-PRELOADED += ["gpu_items", "train", "predict"]  # none of these touches the CUDA driver: a test holds that
+PRELOADED += [
+    "gpu_steps",
+    "gpu_forms",
+    "gpu_training",
+    "train",
+    "predict",
+]  # none of these touches the CUDA driver: a test holds that
 REASON = 300  # characters
 
 
@@ -184,7 +190,7 @@ def _serve(pipe: Connection, log: str) -> None:
 def _outcome(name: str, arguments: dict[str, Any], report: Callable[[dict], None]) -> tuple[str, str]:
     """Call a function on its device; return status and reason, or a note."""
     try:
-        importlib.import_module("gpu_items").use(arguments["settings"].device)
+        importlib.import_module("gpu_runs").use(arguments["settings"].device)
         module, _, function = name.rpartition(".")
         getattr(importlib.import_module(module), function)(report=report, **arguments)
     except NotHere as note:

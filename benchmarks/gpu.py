@@ -33,17 +33,18 @@ from typing import Any
 from children import ROOT, Child, Settings, make_context
 from timing import print_table, save_json
 
-FIVE = ("unet", "deeplabv3plus_resnet50", "pspnet_resnet50", "fcn", "segnet")
+DEEPLAB = "deeplabv3plus_resnet50"
+FIVE = ("unet", DEEPLAB, "pspnet_resnet50", "fcn", "segnet")
 MINUTES = 9.0  # that the items' seconds are meant for
 LEAST = 0.5  # seconds that a measurement is begun with
 RESERVE = 2.0  # seconds to end in
 START = 90.0  # seconds that the first child may take: it imports torch, on a machine with a cold disk
-GOALS = {"unet": 0.45, "deeplabv3plus_resnet50": 0.35, "pspnet_resnet50": 0.35}  # share of torch.mm's rate
+GOALS = {"unet": 0.45, DEEPLAB: 0.35, "pspnet_resnet50": 0.35}  # share of torch.mm's rate
 
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement and one row: a function, of `gpu_items` where it has no dot, and its own arguments."""
+    """One measurement and one row: a function, `module.name`, and its own arguments."""
 
     name: str
     function: str
@@ -90,14 +91,14 @@ def judge_steps(found: dict[str, dict]) -> dict[str, Any]:
 
 def pair(network: str, op: str) -> Task:
     """A step of a network with the fast and the plain form of an operator."""
-    return Task(f"{op}, {network}", "form_of_step", {"network": network, "op": op})
+    return Task(f"{op}, {network}", "gpu_forms.form_of_step", {"network": network, "op": op})
 
 
 def epoch_task(network: str, moves: str, workers: int | None = None, cache: str = "auto") -> Task:
     """Epochs with data; workers None: as train.py chooses."""
     name = f"{network}, {moves}, workers {'auto' if workers is None else workers}, cache {cache}"
     arguments = {"network": network, "moves": moves, "workers": workers, "half": network == "unet"}
-    return Task(name, "epochs", {**arguments, "cache": cache})
+    return Task(name, "gpu_training.epochs", {**arguments, "cache": cache})
 
 
 def epoch_tasks() -> tuple[Task, ...]:
@@ -107,33 +108,42 @@ def epoch_tasks() -> tuple[Task, ...]:
         epoch_task(network, moves, **way)
         for way in ways
         for moves in ("zoom, colour, rotation", "zoom, colour")[: 1 if "cache" in way else 2]
-        for network in ("unet", "deeplabv3plus_resnet50")
+        for network in ("unet", DEEPLAB)
     )
 
 
 def resize_task(channels: int, small: int, to: int) -> Task:
     """Resizing (N, channels, small, small) to `to`, at size 512."""
     arguments = {"channels": channels, "small": small, "to": to}
-    return Task(f"resize {channels} channels {small} to {to}", "form_of_resize", arguments)
+    return Task(f"resize {channels} channels {small} to {to}", "gpu_forms.form_of_resize", arguments)
+
+
+def single(function: str) -> tuple[Task, ...]:
+    """The task of an item that has only one."""
+    return (Task("", function),)
+
+
+def compile_task(network: str, mode: str | None) -> Task:
+    """A compiled step; mode None: the setting `compile`."""
+    arguments = {"network": network, "mode": mode}
+    return Task(f"{network}, {mode or 'setting compile'}", "gpu_steps.compiled", arguments)
 
 
 ITEMS = {
-    "limits": Item(
-        10, "versions, card, and the rates of products, copies and launches", (Task("", "limits"),)
-    ),
-    "tests": Item(40, "the gpu tests that do not compile", (Task("", "gpu_tests"),), alone=True),
-    "waits": Item(25, "calls that make the host wait, in an epoch and a validation", (Task("", "waits"),)),
+    "limits": Item(10, "versions, card, rates of products, copies and launches", single("gpu_steps.limits")),
+    "tests": Item(40, "the gpu tests that do not compile", single("gpu_training.gpu_tests"), alone=True),
+    "waits": Item(25, "where an epoch and a validation wait for the GPU", single("gpu_training.waits")),
     "steps": Item(
         110,
         "train.py's step of the five networks: time, rate, kernels, memory",
-        tuple(Task(name, "steps", {"network": name}) for name in FIVE),
+        tuple(Task(name, "gpu_steps.steps", {"network": name}) for name in FIVE),
         alone=True,
         conclude=judge_steps,
     ),
     "peer": Item(
         30,
         "torchvision's deeplabv3_resnet50 and our DeepLabv3+ in the same loop",
-        tuple(Task(way, "peer", {"way": way}) for way in ("torchvision", "ours", "train.py")),
+        tuple(Task(way, "gpu_steps.peer", {"way": way}) for way in ("torchvision", "ours", "train.py")),
         conclude=compare_peers,
     ),
     "ab": Item(
@@ -142,31 +152,28 @@ ITEMS = {
         (
             resize_task(12, 128, 512),
             resize_task(256, 32, 128),
-            Task("loss, 12 classes", "form_of_loss", {"classes": 12}),
-            Task("loss, 150 classes", "form_of_loss", {"classes": 150}),
-            Task("sums by label", "sums_by_label"),
+            Task("loss, 12 classes", "gpu_forms.form_of_loss", {"classes": 12}),
+            Task("loss, 150 classes", "gpu_forms.form_of_loss", {"classes": 150}),
+            Task("sums by label", "gpu_forms.sums_by_label"),
             pair("pspnet_resnet50", "upsample_concat_conv"),
-            pair("deeplabv3plus_resnet50", "upsample_concat_conv"),
+            pair(DEEPLAB, "upsample_concat_conv"),
+            pair(DEEPLAB, "resize"),
             pair("segnet", "unpool"),
-            Task("moving average, deeplabv3plus_resnet50", "ema_cost", {"network": "deeplabv3plus_resnet50"}),
-            Task("batch, unet", "batches", {"network": "unet", "half": True}),
-            Task("batch, deeplabv3plus_resnet50", "batches", {"network": FIVE[1], "half": False}),
-            Task("layout, unet", "layouts", {"network": "unet"}),
+            Task(f"moving average, {DEEPLAB}", "gpu_steps.ema_cost", {"network": DEEPLAB}),
+            Task("batch, unet", "gpu_steps.batches", {"network": "unet", "half": True}),
+            Task(f"batch, {DEEPLAB}", "gpu_steps.batches", {"network": DEEPLAB, "half": False}),
+            Task("layout, unet", "gpu_forms.layouts", {"network": "unet"}),
         ),
     ),
     "compile": Item(
         70,
         "train.py's step compiled",
-        tuple(
-            Task(f"{network}, {mode or 'setting compile'}", "compiled", {"network": network, "mode": mode})
-            for mode in (None, "reduce-overhead")
-            for network in ("unet", "deeplabv3plus_resnet50")
-        ),
+        tuple(compile_task(network, mode) for mode in (None, "reduce-overhead") for network in FIVE[:2]),
         alone=True,
     ),
     "data": Item(40, "epochs with data, and the loader alone", epoch_tasks()),
-    "validation": Item(20, "train.py's validation and predict.py", (Task("", "validation"),)),
-    "camvid": Item(150, "training on CamVid for the time that is left", (Task("", "camvid"),), alone=True),
+    "validation": Item(20, "train.py's validation and predict.py", single("gpu_training.validation")),
+    "camvid": Item(150, "training on CamVid for the time left", single("gpu_training.camvid"), alone=True),
 }
 
 
@@ -188,7 +195,7 @@ class Session:
         """Look at the machine in a child; returns why the device cannot be used, or an empty string."""
         for method in ("forkserver", "spawn"):
             values: dict[str, Any] = {}
-            status, why = self.measure(Task("", "describe"), START, values)
+            status, why = self.measure(Task("", "gpu_steps.describe"), START, values)
             if status == "done":
                 self.results |= values | {"processes": method}
                 return ""
@@ -200,8 +207,7 @@ class Session:
         try:
             self.child = self.child or Child(self.context, self.log)
             arguments = {"settings": self.settings, "seconds": seconds, **task.arguments}
-            function = task.function if "." in task.function else f"gpu_items.{task.function}"
-            return self.child.run(function, arguments, seconds, values)
+            return self.child.run(task.function, arguments, seconds, values)
         except OSError as error:  # no process could be started
             return "failed", str(error)
         finally:
@@ -298,7 +304,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="images per step; 16, on a CPU 2")
     parser.add_argument("--product", type=int, help="side of the matrices; 8192, on a CPU 512")
     parser.add_argument("--steps", type=int, default=20, help="timed per network")
-    parser.add_argument("--network", default=FIVE[1], help=f"of the item camvid: {', '.join(FIVE)}")
+    parser.add_argument("--network", default=DEEPLAB, help=f"of the item camvid: {', '.join(FIVE)}")
     parser.add_argument("--resume", metavar="RUN", help="folder of an interrupted run that camvid continues")
     parser.add_argument("--runs", default=str(ROOT / "runs"), help="folder of camvid's training runs")
     args = parser.parse_args()

@@ -106,6 +106,14 @@ def summary(times: list[float], images: int = 0) -> dict[str, float]:
     return values | ({"images_per_second": 1000 * images / middle} if images else {})
 
 
+def compared(times: dict[str, list[float]]) -> dict[str, float]:
+    """Medians by form, and how many times faster the first is than each other."""
+    medians = {name: summary(values)["ms"] for name, values in times.items()}
+    first, *others = medians
+    ratios = {f"{first} faster than {name}, times": medians[name] / medians[first] for name in others}
+    return {f"{name}_ms": value for name, value in medians.items()} | ratios
+
+
 def reset_peak(device: str) -> None:
     """Begin to measure the peak of the GPU's memory anew."""
     if device.startswith("cuda"):

@@ -87,12 +87,15 @@ def small_networks(path, monkeypatch):
 
 @pytest.fixture
 def measured(settings, small_networks):
-    """Call a function of gpu_items in this process; returns what it reports."""
-    import gpu_items
+    """Call a measurement in this process; returns what it reports."""
+    import gpu_forms
+    import gpu_steps
+    import gpu_training
 
     def call(function, chosen=settings, **arguments):
         values = {}
-        getattr(gpu_items, function)(report=values.update, settings=chosen, seconds=2.0, **arguments)
+        module = next(one for one in (gpu_steps, gpu_forms, gpu_training) if hasattr(one, function))
+        getattr(module, function)(report=values.update, settings=chosen, seconds=2.0, **arguments)
         return values
 
     return call
@@ -333,14 +336,15 @@ def test_the_modules_that_children_are_forked_with_do_not_touch_the_cuda_driver(
 
 
 def test_every_task_names_a_function_and_its_arguments(path):
+    import importlib
     import inspect
 
     import gpu
-    import gpu_items
 
     for item in gpu.ITEMS.values():
         for task in item.tasks:
-            function = getattr(gpu_items, task.function)
+            module, name = task.function.split(".")
+            function = getattr(importlib.import_module(module), name)
             inspect.signature(function).bind(report=None, settings=None, seconds=1.0, **task.arguments)
 
 
@@ -449,11 +453,11 @@ def test_losses_are_compared(classes, measured):
 
 
 def test_the_losses_that_are_compared_are_equal(settings):
-    import gpu_items
+    import gpu_forms
     import worker
 
-    logits, masks = gpu_items.logits_of(settings, 2, 12)
-    ours, torchs = worker.our_loss(True)(logits, masks), gpu_items.torch_joint_loss(logits, masks)
+    logits, masks = gpu_forms.logits_of(settings, 2, 12)
+    ours, torchs = worker.our_loss(True)(logits, masks), gpu_forms.torch_joint_loss(logits, masks)
     assert ours.item() == pytest.approx(torchs.item(), rel=1e-5)
 
 
@@ -530,7 +534,7 @@ def test_waits_are_counted_by_the_projects_line(measured, on_gpu, monkeypatch):
 
 
 def test_a_wait_is_told_with_file_line_and_function(path, monkeypatch):
-    import gpu_items
+    import gpu_training
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     found = Counter()
@@ -540,7 +544,7 @@ def test_a_wait_is_told_with_file_line_and_function(path, monkeypatch):
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
             warnings.warn("something else", stacklevel=1)
 
-    with gpu_items.counted_waits(found):
+    with gpu_training.counted_waits(found):
         wait()
     line = wait.__code__.co_firstlineno + 2
     assert found == {f"tests/test_benchmarks_gpu.py:{line} wait": 2}
@@ -560,18 +564,18 @@ def test_a_compiled_step_is_compared_with_an_eager_one(measured, on_gpu, monkeyp
 
 
 def test_the_card_and_its_copies_are_described(on_gpu, monkeypatch):
-    import gpu_items
+    import gpu_steps
 
     properties = SimpleNamespace(name="A100", total_memory=2**30, multi_processor_count=1, major=8, minor=0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     answer = SimpleNamespace(stdout="A100, 580.1, 400.00 W, 1410 MHz, 1512 MHz, 210 MHz, 30, 1024 MiB\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
-    assert gpu_items.card()["power.limit"] == "400.00 W"
+    assert gpu_steps.card()["power.limit"] == "400.00 W"
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="\n"))
-    assert gpu_items.card()["nvidia_smi"]
-    monkeypatch.setattr(gpu_items, "SIZES", {True: 2**16, False: 2**16})
-    assert "pinned_to_device_gb_per_s" in gpu_items.copy_rates(on_gpu)
+    assert gpu_steps.card()["nvidia_smi"]
+    monkeypatch.setattr(gpu_steps, "SIZES", {True: 2**16, False: 2**16})
+    assert "pinned_to_device_gb_per_s" in gpu_steps.copy_rates(on_gpu)
 
 
 def test_events_time_each_call(path, monkeypatch):
@@ -635,10 +639,10 @@ def test_a_trace_without_kernels_is_refused(path):
 
 
 def test_tests_are_counted_and_failures_end_in_their_last_line(path):
-    import gpu_items
+    import gpu_training
 
     sent = {}
-    outcomes = gpu_items.Outcomes(sent.update)
+    outcomes = gpu_training.Outcomes(sent.update)
 
     def phase(name, when, outcome, text=""):
         outcomes.pytest_runtest_logreport(
@@ -669,21 +673,21 @@ def test_tests_are_counted_and_failures_end_in_their_last_line(path):
 
 
 def test_epochs_are_planned_so_that_the_schedule_ends_with_the_time(path):
-    import gpu_items
+    import gpu_training
 
-    costs = gpu_items.epoch_costs([0.0, 5.0, 8.0, 10.5, 11.5, 13.0, 16.5])
+    costs = gpu_training.epoch_costs([0.0, 5.0, 8.0, 10.5, 11.5, 13.0, 16.5])
     assert costs == {"start": 5 + 2 + 1, "epoch": 1.0, "validation": 0.5, "end": 2.0}
-    epochs, every = gpu_items.planned_epochs(costs, 150)
+    epochs, every = gpu_training.planned_epochs(costs, 150)
     taken = costs["start"] + epochs * 1.0 + (epochs // every + 1) * 0.5 + costs["end"]
     assert 110 < taken < 150
-    assert gpu_items.planned_epochs(costs, 1) == (1, 1)
+    assert gpu_training.planned_epochs(costs, 1) == (1, 1)
 
 
 def test_a_planning_run_that_was_cut_short_is_refused(path):
-    import gpu_items
+    import gpu_training
 
     with pytest.raises(TimeoutError, match="5 epochs"):
-        gpu_items.epoch_costs([0.0, 1.0, 2.0])
+        gpu_training.epoch_costs([0.0, 1.0, 2.0])
 
 
 @pytest.fixture
@@ -702,10 +706,10 @@ def camvid(measured, settings, tmp_path):
 
 
 def test_training_on_camvid_reports_its_scores_and_copies_small_files(camvid, monkeypatch, tmp_path, undrawn):
-    import gpu_items
+    import gpu_training
 
-    monkeypatch.setattr(gpu_items, "planned_epochs", lambda *_: (2, 1))
-    monkeypatch.setattr(gpu_items, "train_for", without_limit(gpu_items.train_for))
+    monkeypatch.setattr(gpu_training, "planned_epochs", lambda *_: (2, 1))
+    monkeypatch.setattr(gpu_training, "train_for", without_limit(gpu_training.train_for))
     found = camvid()
     assert found["epochs"] == found["planned_epochs"] == 2
     assert 0 <= found["mean_iou"] <= 1
@@ -720,7 +724,7 @@ def without_limit(train_for):
 
 
 def test_training_that_is_stopped_can_be_continued(camvid, monkeypatch, tmp_path, undrawn):
-    import gpu_items
+    import gpu_training
 
     import train
 
@@ -732,8 +736,8 @@ def test_training_that_is_stopped_can_be_continued(camvid, monkeypatch, tmp_path
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(gpu_items, "planned_epochs", lambda *_: (4, 1))
-    monkeypatch.setattr(gpu_items, "train_for", without_limit(gpu_items.train_for))
+    monkeypatch.setattr(gpu_training, "planned_epochs", lambda *_: (4, 1))
+    monkeypatch.setattr(gpu_training, "train_for", without_limit(gpu_training.train_for))
     monkeypatch.setattr(train, "train_step", step)
     found = camvid()
     assert "--resume" in found["stopped"]
@@ -743,6 +747,6 @@ def test_training_that_is_stopped_can_be_continued(camvid, monkeypatch, tmp_path
 
 
 def test_a_run_that_was_stopped_before_its_first_epoch_has_no_scores(path, tmp_path):
-    import gpu_items
+    import gpu_training
 
-    assert gpu_items.scores_of(tmp_path / "log.csv") == {"epochs": 0}
+    assert gpu_training.scores_of(tmp_path / "log.csv") == {"epochs": 0}
