@@ -39,6 +39,7 @@ MINUTES = 9.0  # that the items' seconds are meant for
 LEAST = 0.5  # seconds that a measurement is begun with
 RESERVE = 2.0  # seconds to end in
 START = 90.0  # seconds that the first child may take: it imports torch, on a machine with a cold disk
+PATHS = ("camvid", "resume", "runs", "output", "scratch")  # of one machine, and not written
 GOALS = {"unet": 0.45, DEEPLAB: 0.35, "pspnet_resnet50": 0.35}  # share of torch.mm's rate
 
 
@@ -120,7 +121,7 @@ def resize_task(channels: int, small: int, to: int) -> Task:
 
 def single(function: str) -> tuple[Task, ...]:
     """The task of an item that has only one."""
-    return (Task("", function),)
+    return (Task(function.partition(".")[2], function),)
 
 
 def compile_task(network: str, mode: str | None) -> Task:
@@ -188,7 +189,9 @@ class Session:
         self.context = make_context()
         self.child: Child | None = None
         self.rows: list[dict[str, Any]] = []
-        self.results: dict[str, Any] = {"settings": {**asdict(settings), "minutes": minutes}, "machine": None}
+        shown = {name: value for name, value in asdict(settings).items() if name not in PATHS}
+        shown |= {"minutes": minutes, "camvid": settings.camvid is not None}
+        self.results: dict[str, Any] = {"settings": shown, "machine": None}
         self.results |= {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "rows": self.rows}
 
     def describe(self) -> str:
@@ -214,11 +217,11 @@ class Session:
             if self.child and self.child.broken:
                 self.end_child()
 
-    def end_child(self) -> None:
-        """End the present child; the next task has a new one."""
+    def end_child(self, at_once: bool = False) -> None:
+        """End the present child, which is idle or to be ended at once; the next task has a new one."""
         child, self.child = self.child, None
         if child is not None:
-            child.kill() if child.broken else child.close()
+            child.kill() if at_once or child.broken else child.close()
 
     def work_through(self, names: list[str]) -> None:
         """Run items in order, each for its share of the time that is left at the start."""
@@ -262,7 +265,7 @@ class Session:
         print(f"| {item} | {row} | {status} | {seconds:.1f} | {text} |", flush=True)
 
 
-def in_short(values: dict[str, Any], most: int = 500) -> str:
+def in_short(values: dict[str, Any], most: int = 280) -> str:
     """The numbers and words among some values; the JSON has the rest."""
     parts = []
     for name, value in values.items():
@@ -271,7 +274,7 @@ def in_short(values: dict[str, Any], most: int = 500) -> str:
         elif isinstance(value, float):
             parts.append(f"{name} {value:.4g}")
         elif isinstance(value, dict) and value:
-            parts.append(f"{name} ({in_short(value, 200)})")
+            parts.append(f"{name} ({in_short(value, 120)})")
     text = ", ".join(parts).replace("|", "/")
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
@@ -338,8 +341,7 @@ def settings_of(args: argparse.Namespace, scratch: str) -> Settings:
     """The settings that travel to the children, with the device's defaults and absolute paths."""
     on_gpu = args.device.startswith("cuda")
     paths = {
-        name: str(Path(value).absolute()) if (value := getattr(args, name)) else None
-        for name in ("camvid", "resume", "runs", "output")
+        name: str(Path(value).absolute()) if (value := getattr(args, name)) else None for name in PATHS[:-1]
     }
     return Settings(
         device=args.device,
@@ -378,6 +380,7 @@ def main() -> int:
             print_table(("item", "row", "status", "seconds", "values"), [])
             session.work_through(names)
         except KeyboardInterrupt as error:
+            session.end_child(at_once=True)
             session.add_row("", "", "interrupted", "", 0.0, {})
             return 128 + (error.args[0] if error.args else signal.SIGINT)
         finally:

@@ -165,8 +165,9 @@ def epochs(
 
 def validation(report: Report, settings: Settings, seconds: float) -> None:
     """Images per second of train.py's validation and of predict.py, alone and as a process."""
-    data = street_scenes(settings)
-    size = camvid_size(settings)
+    import predict
+
+    data, size = street_scenes(settings), camvid_size(settings)
     with ready(settings, case_of(settings, "deeplabv3plus_resnet50", size=size, data=data)) as run:
         for name in ("first_validation", "validation"):
             start = time.perf_counter()
@@ -177,7 +178,7 @@ def validation(report: Report, settings: Settings, seconds: float) -> None:
         common = dict(weights=str(weights), input=str(source), device=settings.device)
         for name in ("first_prediction", "prediction"):
             start = time.perf_counter()
-            predict_once({**common, "output": f"{output}_{name}", "overlay": False})
+            predict.main(predict.Args(**common, output=f"{output}_{name}", overlay=False))
             report({f"{name}_images_per_second": images / (time.perf_counter() - start)})
         start = time.perf_counter()
         words = [word for name, value in common.items() for word in (f"--{name}", value)]
@@ -185,13 +186,6 @@ def validation(report: Report, settings: Settings, seconds: float) -> None:
         subprocess.run(command, cwd=ROOT, check=True, timeout=seconds)
         taken = time.perf_counter() - start
         report({"predict_process_seconds": taken, "predict_process_images_per_second": images / taken})
-
-
-def predict_once(given: dict[str, Any]) -> None:
-    """predict.py's main."""
-    import predict
-
-    predict.main(predict.Args(**given))
 
 
 def camvid(report: Report, settings: Settings, seconds: float) -> None:
@@ -206,15 +200,15 @@ def camvid(report: Report, settings: Settings, seconds: float) -> None:
         short = camvid_config(settings, f"{name}-short", epochs=5, val_every=2, output_dir=settings.scratch)
         costs = epoch_costs(train_for(short, deadline - time.monotonic())[1])
         report({f"{part}_seconds": value for part, value in costs.items()})
-        deadline -= costs["end"]  # drawing is not interrupted
         epochs, every = planned_epochs(costs, deadline - time.monotonic())
         report({"planned_epochs": epochs, "val_every": every})
+        deadline -= costs["end"]  # which is not interrupted
         folder = Path(settings.runs, name)
         config = camvid_config(settings, name, epochs=epochs, val_every=every)
     free_memory()
     started = time.monotonic()
     _, _, stopped = train_for(config, deadline - time.monotonic())
-    report({"training_seconds": time.monotonic() - started, "folder": str(folder)})
+    report({"training_seconds": time.monotonic() - started, "run": folder.name})
     if stopped:
         report({"stopped": stopped})
     copy_results(folder, Path(settings.output), settings.network)
@@ -223,17 +217,21 @@ def camvid(report: Report, settings: Settings, seconds: float) -> None:
 
 def camvid_config(settings: Settings, run_name: str, **changes: Any) -> Config:
     """The recipe's settings for the network of the command."""
-    model = {"model": "deeplabv3plus", "backbone": "resnet50"} | NETWORKS[settings.network]
-    if "backbone" not in NETWORKS[settings.network]:
-        del model["backbone"]
-    values = read_settings(RECIPE, Config) | model | {"image_size": camvid_size(settings)}
+    values = read_settings(RECIPE, Config) | NETWORKS[settings.network]
+    if values["model"] == "fcn":
+        values["learning_rate"] = 0.0003  # the recipe's is too high for VGG
     if settings.camvid is None:  # generated masks have 12 classes
         for name in ("class_names", "class_colors"):
             values.pop(name)
         values |= {"num_classes": 12, "ignore_index": IGNORED}
     values |= {"data_root": street_scenes(settings), "output_dir": settings.runs, "run_name": run_name}
     values |= {"device": settings.device, "cache_dir": str(Path(settings.scratch) / "cache")}
+    values |= {"image_size": camvid_size(settings)}
     return make(Config, values | {"batch_size": min(values["batch_size"], settings.batch)} | changes)
+
+
+class TooLate(Exception):
+    """The time is over before there is anything to save."""
 
 
 def train_for(config: Config, seconds: float) -> tuple[Path | None, list[float], str]:
@@ -246,7 +244,7 @@ def train_for(config: Config, seconds: float) -> tuple[Path | None, list[float],
     import train
 
     def too_late(*_: object) -> None:
-        raise TimeoutError("stopped before the first step")
+        raise TooLate("stopped before the first step")
 
     before = signal.signal(signal.SIGTERM, too_late)
     timer = threading.Timer(max(0.1, seconds), os.kill, (os.getpid(), signal.SIGTERM))
@@ -255,8 +253,10 @@ def train_for(config: Config, seconds: float) -> tuple[Path | None, list[float],
     try:
         with redirect_stdout(clock):
             folder = train.main(config)
-    except (TimeoutError, Fail) as error:
-        if not isinstance(error, TimeoutError) and error.code != 128 + signal.SIGTERM:
+    except TooLate as error:
+        stopped = str(error)
+    except Fail as error:
+        if error.code != 128 + signal.SIGTERM:
             raise
         stopped = str(error)
     finally:
@@ -287,7 +287,7 @@ def epoch_costs(moments: list[float]) -> dict[str, float]:
         moments: when it started, each of the five epochs began, and it ended.
     """
     if len(moments) != 7:
-        raise TimeoutError(f"the run of 5 epochs that plans the long one had time for {len(moments) - 2}")
+        raise TooLate(f"the run of 5 epochs that plans the long one had time for {len(moments) - 2}")
     start, first, second, third, fourth, fifth = (b - a for a, b in zip(moments, moments[1:], strict=False))
     epoch = max(third, 1e-3)
     validation = max(0.0, fourth - epoch)

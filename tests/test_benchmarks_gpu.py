@@ -14,12 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
-import doors
 import numpy as np
 import pytest
 import torch
 
-BENCHMARKS = doors.ROOT / "benchmarks"
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 TASKS = """
 import os, signal, time
 from children import NotHere
@@ -298,8 +298,9 @@ def test_some_items_are_measured_and_written_with_the_machine(settings, monkeypa
     assert found["rows"][0]["status"] == "done", found["rows"][0]["reason"]
     assert found["rows"][0]["values"]["mm_bf16_tflops"] > 0
     assert "not on this device" in found["rows"][1]["reason"]
+    assert str(ROOT) not in Path(settings.output).read_text()
     assert torch.__version__.startswith(found["machine"]["versions"]["torch"])
-    assert "| limits |  | done |" in capsys.readouterr().out
+    assert "| limits | limits | done |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -325,11 +326,11 @@ def test_the_modules_that_children_are_forked_with_do_not_touch_the_cuda_driver(
         "import sys, importlib, torch\n"
         "def touched(*_): raise SystemExit('CUDA driver touched')\n"
         "torch._C._cuda_getDeviceCount = touched\n"
-        f"sys.path += [{str(doors.ROOT)!r}, {str(BENCHMARKS)!r}]\n"
+        f"sys.path += [{str(ROOT)!r}, {str(BENCHMARKS)!r}]\n"
         f"for name in {PRELOADED}: importlib.import_module(name)\n"
         "assert not torch.cuda.is_initialized()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=doors.ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 # --- measurements
@@ -499,7 +500,7 @@ def test_epochs_are_timed_with_and_without_training(workers, measured):
 
 
 def test_validation_and_prediction_are_timed(measured, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: doors.ROOT.joinpath(command[1]).stat())
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: ROOT.joinpath(command[1]).stat())
     found = measured("validation")
     assert found["validation_images_per_second"] > 0
     assert found["prediction_images_per_second"] > 0
@@ -686,7 +687,7 @@ def test_epochs_are_planned_so_that_the_schedule_ends_with_the_time(path):
 def test_a_planning_run_that_was_cut_short_is_refused(path):
     import gpu_training
 
-    with pytest.raises(TimeoutError, match="5 epochs"):
+    with pytest.raises(gpu_training.TooLate, match="5 epochs"):
         gpu_training.epoch_costs([0.0, 1.0, 2.0])
 
 
@@ -744,6 +745,22 @@ def test_training_that_is_stopped_can_be_continued(camvid, monkeypatch, tmp_path
     assert found["epochs"] < 4
     (folder,) = (tmp_path / "runs").glob("gpu-unet-*")
     assert camvid(resume=str(folder))["epochs"] == 4
+
+
+def test_time_that_is_over_before_the_first_step_is_told(settings, camvid, tmp_path, monkeypatch):
+    import gpu_training
+
+    import train
+
+    def slow(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)  # the signal comes within
+
+    monkeypatch.setattr(train, "check_data", slow)
+    folder, moments, stopped = gpu_training.train_for(gpu_training.camvid_config(settings, "late"), 600)
+    assert folder is None
+    assert len(moments) == 2
+    assert "before the first step" in stopped
 
 
 def test_a_run_that_was_stopped_before_its_first_epoch_has_no_scores(path, tmp_path):
