@@ -198,9 +198,10 @@ class Session:
         """Look at the machine in a child; returns why the device cannot be used, or an empty string."""
         for method in ("forkserver", "spawn"):
             values: dict[str, Any] = {}
+            began = time.monotonic()
             status, why = self.measure(Task("", "gpu_steps.describe"), START, values)
             if status == "done":
-                self.results |= values | {"processes": method}
+                self.results |= values | {"processes": method, "start_seconds": time.monotonic() - began}
                 return ""
             self.context = make_context("spawn")  # where CUDA and the fork do not go together
         return why
