@@ -247,7 +247,7 @@ class Session:
             if left < LEAST:
                 self.add_row(name, task.name, "out of time", "", 0.0, values)
                 continue
-            status, why = self.measure(task, min(left, 2.5 * left / parts), values)
+            status, why = self.measure(task, left * min(1.0, max(2.5 / parts, 1 / 3)), values)
             self.add_row(name, task.name, status, why, time.monotonic() - began, values)
             found[task.name] = values
             if item.alone:
