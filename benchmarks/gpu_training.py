@@ -198,7 +198,7 @@ def camvid(report: Report, settings: Settings, seconds: float) -> None:
     else:
         name = f"gpu-{settings.network}-{time.strftime('%Y-%m-%d_%H-%M-%S')}"
         short = camvid_config(settings, f"{name}-short", epochs=5, val_every=2, output_dir=settings.scratch)
-        costs = epoch_costs(train_for(short, deadline - time.monotonic())[1])
+        costs = epoch_costs(train_for(short, deadline - time.monotonic())[0])
         report({f"{part}_seconds": value for part, value in costs.items()})
         epochs, every = planned_epochs(costs, deadline - time.monotonic())
         report({"planned_epochs": epochs, "val_every": every})
@@ -207,7 +207,7 @@ def camvid(report: Report, settings: Settings, seconds: float) -> None:
         config = camvid_config(settings, name, epochs=epochs, val_every=every)
     free_memory()
     started = time.monotonic()
-    _, _, stopped = train_for(config, deadline - time.monotonic())
+    _, stopped = train_for(config, deadline - time.monotonic())
     report({"training_seconds": time.monotonic() - started, "run": folder.name})
     if stopped:
         report({"stopped": stopped})
@@ -234,12 +234,11 @@ class TooLate(Exception):
     """The time is over before there is anything to save."""
 
 
-def train_for(config: Config, seconds: float) -> tuple[Path | None, list[float], str]:
+def train_for(config: Config, seconds: float) -> tuple[list[float], str]:
     """Train, and stop by SIGTERM, with a checkpoint saved, when the seconds are over.
 
     Returns:
-        The run's folder, None where there is none yet; when the run started, each epoch began, and all
-        ended; why it stopped, if it did.
+        When the run started, each epoch began, and all ended; why it stopped, if it did.
     """
     import train
 
@@ -248,11 +247,11 @@ def train_for(config: Config, seconds: float) -> tuple[Path | None, list[float],
 
     before = signal.signal(signal.SIGTERM, too_late)
     timer = threading.Timer(max(0.1, seconds), os.kill, (os.getpid(), signal.SIGTERM))
-    clock, start, stopped, folder = EpochClock(sys.stdout), time.monotonic(), "", None
+    clock, start, stopped = EpochClock(sys.stdout), time.monotonic(), ""
     timer.start()
     try:
         with redirect_stdout(clock):
-            folder = train.main(config)
+            train.main(config)
     except TooLate as error:
         stopped = str(error)
     except Fail as error:
@@ -262,7 +261,7 @@ def train_for(config: Config, seconds: float) -> tuple[Path | None, list[float],
     finally:
         timer.cancel()
         signal.signal(signal.SIGTERM, before)
-    return folder, [start, *clock.began, time.monotonic()], stopped
+    return [start, *clock.began, time.monotonic()], stopped
 
 
 class EpochClock:

@@ -60,6 +60,12 @@ def worker(monkeypatch):
     return worker
 
 
+def trained(config):
+    """Train; return the run's folder."""
+    train.main(config)
+    return Path(config.resume or Path(config.output_dir, config.run_name))
+
+
 def losses(folder):
     with open(folder / "log.csv", newline="", encoding="utf-8") as file:
         return [float(row["train_loss"]) for row in csv.DictReader(file)]
@@ -116,7 +122,7 @@ def test_a_loss_and_its_gradient_are_those_of_the_cpu(name, dtype):
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_learns(amp, settings):
-    folder = train.main(settings(device=DEVICE, amp=amp, epochs=8))
+    folder = trained(settings(device=DEVICE, amp=amp, epochs=8))
     first, *_, last = losses(folder)
     assert last < first
     assert (read_checkpoint(folder / "last.pt")["scaler"] != {}) == (amp == "fp16")
@@ -172,7 +178,7 @@ def test_scores_on_the_device_equal_the_cpus(worker, data, tmp_path, monkeypatch
 
 def test_a_run_resumed_on_the_device_ends_like_one_that_was_not_broken(settings, monkeypatch):
     kept = {"device": DEVICE, "amp": "off", "deterministic": True}  # else two equal runs differ, too
-    whole = train.main(settings(**kept, run_name="whole"))
+    whole = trained(settings(**kept, run_name="whole"))
     step, count = train.train_step, [0]
 
     def stopped(*args, **options):
@@ -186,7 +192,7 @@ def test_a_run_resumed_on_the_device_ends_like_one_that_was_not_broken(settings,
         train.main(settings(**kept, run_name="broken"))
     monkeypatch.setattr(train, "train_step", step)
     folder = whole.parent / "broken"
-    train.main(settings(**kept, resume=str(folder)))
+    trained(settings(**kept, resume=str(folder)))
     assert losses(folder) == pytest.approx(losses(whole), rel=1e-3)
 
 
@@ -209,6 +215,6 @@ def test_a_deterministic_step_has_the_same_gradients_each_time(name, monkeypatch
 
 @pytest.mark.slow
 def test_a_compiled_run_learns_as_an_eager_one(settings):
-    eager = losses(train.main(settings(device=DEVICE, amp="off", run_name="eager")))
-    compiled = losses(train.main(settings(device=DEVICE, amp="off", compile=True, run_name="compiled")))
+    eager = losses(trained(settings(device=DEVICE, amp="off", run_name="eager")))
+    compiled = losses(trained(settings(device=DEVICE, amp="off", compile=True, run_name="compiled")))
     assert compiled == pytest.approx(eager, rel=1e-2)
