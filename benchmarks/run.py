@@ -8,7 +8,7 @@ train    whole processes: an epoch and its validation against segmentation_model
 scores   mean IoU with the switches for speed on and off, over some seeds
 startup  --help, wrong settings, imports, the way to the first step
 memory   peak, flatness over epochs, cost of many pictures
-gpu      a training step on a GPU in every way it can be run, and the wait for data
+gpu      everything on a GPU in nine minutes: limits, tests, steps, a peer, compile, data, CamVid
 
 What peers need is in benchmarks/requirements.txt; without one, its rows say so.
 """

@@ -120,8 +120,16 @@ def print_goals(goals: Sequence[tuple]) -> None:
         print_table(("goal", "wanted", "reached", "met"), rows)
 
 
+def save_json(path: str | Path, results: dict[str, object]) -> None:
+    """Write `results` as JSON, so that at any moment the old or the new file is there, whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
 def write_json(path: str | Path, results: dict[str, object]) -> None:
-    """Write `results`, every single measurement included, as JSON."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(results, indent=1) + "\n")
+    """Write `results`, every single measurement included, as JSON, and say where."""
+    save_json(path, results)
     print(f"written to {path}")

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,10 +30,10 @@ from timing import resident
 from torch import Tensor, nn
 
 from config import Config
+from losses import build_loss
 from models import build_model, deeplabv3plus, layers, ops, pspnet
 from models.layers import ConcatConvBNReLU
-from utils.device import keep_freed_memory
-from utils.device import multiply_adds
+from utils.device import keep_freed_memory, multiply_adds
 
 IGNORED = 255
 PEERS = ("segmentation_models_pytorch", "torchvision")  # without one, what needs it says so
@@ -77,6 +77,7 @@ class Case:
         settings: of Config, for train.py's step.
         compile_mode: of torch.compile, for train.py's step; None for what the settings say.
         data: folder of pictures; None for a few of noise.
+        fused_adam: in the plain loop, train.py's own fused Adam and cuDNN's search for the fastest kernels.
     """
 
     network: str
@@ -91,6 +92,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     compile_mode: str | None = None
     data: str | None = None
+    fused_adam: bool = False
 
     @property
     def config(self) -> Config:
@@ -219,37 +221,89 @@ def our_run(case: Case, folder: Path) -> Any:
     data = Path(case.data or folder / "data")
     if case.data is None:
         write_pictures(data, case.batch, 1, config.image_size, case.classes, "png")
-    report = check_data(data, num_classes=case.classes, ignore_index=IGNORED)
+    about = dict(num_classes=case.classes, ignore_index=IGNORED, cache_dir=config.cache_dir)
+    report = check_data(data, **about)
     device = pick_device(config.device)
     model = train.build_network(config, fresh=True)
     with redirect_stdout(io.StringIO()):
-        run = train.Run(config, report, device, pick_precision(config.amp, device), model)
+        precision = pick_precision(config.amp, device)
+        run = train.build_run(config, report, device, precision, model, folder=folder)
     if case.compile_mode:
         run.forward = torch.compile(run.model, mode=case.compile_mode)
     train.set_train_mode(run)
     return run
 
 
-def our_step(run: Any) -> Callable[[], object]:
+def our_step(run: Any, count: int | None = None) -> Callable[[], object]:
+    """A step of train.py on a batch, or on its first `count` images."""
     import train
 
-    images, masks = run.train_set.batch([(0, index) for index in range(run.config.batch_size)])
+    images, masks = run.data.train.batch([(0, index) for index in range(count or run.config.batch_size)])
     if run.device.type == "cuda":  # as the loader does
         images, masks = images.pin_memory(), masks.pin_memory()
     return lambda: train.train_step(run, images, masks, epoch=0, step=0)
 
 
 def our_epoch(run: Any) -> dict[str, float]:
-    """An epoch of train.py's loop over the data: pictures per second and the share of waiting for them."""
+    """An epoch of train.py's loop over the data: images per second and the share of waiting for them."""
     import train
 
-    run.clock.seconds = dict.fromkeys(run.clock.seconds, 0.0)
+    clock = run.monitor.clock
+    clock.seconds = dict.fromkeys(clock.seconds, 0.0)
     run.progress.step, run.progress.sums = 0, {}
     start = time.perf_counter()
     train.train_one_epoch(run)
     seconds = time.perf_counter() - start  # the loss was read, so that all is done
     run.progress.epoch += 1
-    return {"rate": len(run.train_set) / seconds, "waiting": run.clock.share("data")}
+    return {"rate": len(run.data.train) / seconds, "waiting": clock.share("data")}
+
+
+def our_loader(run: Any, epoch: int) -> int:
+    """Go through an epoch of train.py's loader, and compute nothing; returns the number of images."""
+    from datasets.sampling import epoch_batches
+
+    batches = epoch_batches(len(run.data.train), run.config.batch_size, run.config.seed, epoch)
+    return sum(len(images) for images, *_ in run.data.loader.epoch(batches, epoch))
+
+
+def our_validation(run: Any) -> tuple[int, Any]:
+    """A validation by train.py; returns the number of images, and `counts`, `scores` and `loss`."""
+    import train
+
+    return len(run.data.val), train.evaluate(run, train.averaged_weights(run))
+
+
+def our_checkpoint(run: Any) -> Path:
+    """The run's weights as best.pt, in its folder."""
+    import train
+
+    train.save(run, "best", {"model": train.averaged_weights(run)})
+    return run.folder / "best.pt"
+
+
+def our_ema(run: Any) -> Callable[[], object]:
+    """An update of the moving average of a run with `ema_decay`."""
+    return run.ema.update
+
+
+def end_run(run: Any) -> None:
+    """End the loader's processes."""
+    run.data.loader.close()
+
+
+def op_form(name: str, fast: bool) -> AbstractContextManager:
+    """Within the block, the fast or the plain form of an operator; see `models.ops.override`."""
+    return ops.override(**{name: fast})
+
+
+def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The networks' own bilinear resizing."""
+    return ops.resize(x, size)
+
+
+def our_loss(fused: bool) -> nn.Module:
+    """The joint loss, as training uses it or as the plain formula."""
+    return build_loss("joint", IGNORED, fused=fused)
 
 
 def wait_inside(step: Callable[[], object]) -> str:
@@ -272,6 +326,11 @@ def plain_step(case: Case) -> tuple[Callable[[], object], str]:
     model = case.build().to(case.device, memory_format=layout).train()
     if case.bare:
         keep_freed_memory()
+    if case.fused_adam:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    elif case.bare:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
     else:
         optimizer = torch.optim.Adam(model.parameters())
@@ -292,7 +351,7 @@ def plain_step(case: Case) -> tuple[Callable[[], object], str]:
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(case.device, case.trainer, enabled=case.trainer != torch.float32):
+        with torch.autocast(images.device.type, case.trainer, enabled=case.trainer != torch.float32):
             output = model(images)
             if isinstance(output, tuple):  # PSPNet with its auxiliary head
                 loss = loss_of(output[0]) + 0.4 * loss_of(output[1])
