@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from config import Config, settings
-from utils.cli import Fail, coerce, end_with, mendable, parse
+from utils.cli import Fail, coerce, end_with, fixable, parse
 
 
 @settings
@@ -164,7 +164,7 @@ def main(args: Args) -> None:
     Raises:
         Fail: for all that the user can mend, before anything is written; code 1 where pictures were skipped.
     """
-    with mendable():
+    with fixable():
         weights = Path(args.weights) if args.weights else newest_weights(default_runs())
         weights = weights / "best.pt" if weights.is_dir() else weights
         if args.export:

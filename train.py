@@ -3,13 +3,13 @@
 import sys
 
 from config import Config
-from utils.cli import Fail, Parsed, end_with, mendable, parse, quoted, resumed_settings
+from utils.cli import Fail, Parsed, end_with, fixable, parse, quoted, resumed_settings
 
 
 def read_flags() -> Parsed:
     """The settings, after a look for the folders and files that they name."""
     parsed = parse(Config, sys.argv[1:], __doc__)
-    with mendable():
+    with fixable():
         parsed.settings.refuse_missing()
     return parsed
 
@@ -17,6 +17,7 @@ def read_flags() -> Parsed:
 if __name__ == "__main__":  # before torch is imported, so that --help and wrong settings are answered at once
     PARSED = end_with(read_flags)
 
+import inspect
 import math
 import os
 import time
@@ -37,7 +38,7 @@ from datasets.sampling import Loader, epoch_batches
 from datasets.transforms import Augmentation, mean_std
 from losses import AuxLoss, build_loss, median_frequency_weights
 from metrics import ConfusionMatrix, Scores, predicted_ids
-from models import build_model, load_pretrained, read_checkpoint
+from models import MODELS, build_model, load_pretrained, read_checkpoint
 from models.checkpoint import FORMAT
 from utils import checkpoint as files
 from utils import device as machine
@@ -46,10 +47,10 @@ from utils import run as run_files
 from utils.distributed import ONE_PROCESS, Processes
 from utils.ema import Ema
 from utils.inference import Network, normalize, picture_logits, restore
-from utils.optim import Schedule, build_optimizer
+from utils.optim import Schedule, build_optimizer, depends_on_length
 from utils.run import END_MARK, Clock, Progress, StopSignal, class_table, format_score, mean_scores
 
-FREE = ("num_workers", "device", "cache", "cache_dir", "save_every_minutes")  # settings that change no result
+FREE = ("num_workers", "device", "cache", "cache_dir", "save_every_minutes", "data_root")  # change no result
 SHOWN = 4  # pictures in a panel of samples/ and in the report
 
 
@@ -61,14 +62,15 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
     """
     machine.keep_freed_memory()
     processes, saved, folder = distributed.read_processes(), None, None
-    with mendable():
+    with fixable():
         run_files.try_output(Path(config.output_dir))
         if config.resume:
             folder = run_files.find_run(config.resume, Path(config.output_dir))
             saved = read_checkpoint(folder / "last.pt")
             print(f"resuming {folder}")
             own = saved["config"] | {"run_name": folder.name}
-            config = resumed_settings(config, own, given or {}, FREE)
+            grows = () if depends_on_length(own["scheduler"]) else ("epochs",)
+            config = resumed_settings(config, own, given or {}, FREE + grows)
         elif config.run_name and not config.check and Path(config.output_dir, config.run_name).exists():
             raise run_files.taken(Path(config.output_dir, config.run_name))  # before the data is checked
         device = machine.pick_device(config.device, processes.local_rank)
@@ -82,7 +84,7 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
         return Path(config.data_root)
     try:
         distributed.join(processes, device)
-        with mendable():
+        with fixable():
             run = Run(config, report, device, precision, model, processes)
             if saved is not None:
                 run.folder = folder
@@ -131,6 +133,15 @@ def build_network(config: Config, fresh: bool) -> nn.Module:
     return model
 
 
+def architecture(config: Config) -> dict[str, Any]:
+    """Return what `build_model` takes, with the defaults of the model's class, as checkpoints hold it."""
+    signature = inspect.signature(MODELS[config.model])
+    arguments = signature.bind(config.num_classes, config.in_channels, **config.model_options)
+    arguments.apply_defaults()
+    options = dict([*arguments.arguments.items()][2:])  # after num_classes and in_channels
+    return {"name": config.model, **config.pick("num_classes", "in_channels"), "options": options}
+
+
 class Run:
     """What the functions of a run share; made once, changed only by training."""
 
@@ -155,7 +166,7 @@ class Run:
         self.device, self.precision = device, precision
         shared = config.pick("image_size", "resize", "in_channels", "ignore_index", "seed")
         shared["encoding"] = report.encoding
-        moves = Augmentation(**config.pick("hflip", "vflip", "scale", "rotate", "color_jitter"))
+        moves = Augmentation(**config.augmentation_options)
         self.train_set = SegmentationDataset(report.train, augmentation=moves, **shared)
         self.val_set = SegmentationDataset(report.val, evaluation=True, **shared)
         for split, data in (("training", self.train_set), ("validation", self.val_set)):
@@ -193,14 +204,12 @@ class Run:
             print("class weights (median frequency): " + ", ".join(f"{w:.4g}" for w in weights))
         loss_fn = build_loss(config.loss, config.ignore_index, weights, **config.loss_options)
         self.loss_fn = AuxLoss(loss_fn, config.aux_weight).to(device)
-        groups = config.pick("weight_decay", "momentum", "backbone_lr_scale")
-        self.optimizer = build_optimizer(model, config.optimizer, config.learning_rate, **groups)
+        chosen = (model, config.optimizer, config.learning_rate)
+        self.optimizer = build_optimizer(*chosen, **config.optimizer_options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         order = (len(self.train_set), config.batch_size, config.seed, 0)
         steps = len(epoch_batches(*order, processes.world_size))
-        options = config.pick("step_size", "step_gamma", "poly_power", "plateau_factor", "plateau_patience")
-        options |= {"warmup_steps": min(config.warmup_steps, steps * config.epochs // 2)}
-        options |= {"steps_per_epoch": steps, "epochs": config.epochs}
+        options = {"steps_per_epoch": steps} | config.pick("epochs", "warmup_steps") | config.schedule_options
         self.schedule = Schedule(self.optimizer, config.scheduler, **options)
 
         self.folder, self.progress, self.clock = Path(), Progress(), Clock()
@@ -239,7 +248,7 @@ def start(run: Run) -> None:
         twin = build_network(config, fresh=False).eval()
         operations = run_files.multiply_adds(twin, torch.empty(1, config.in_channels, *config.image_size))
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    options = [f"{name} {value}" for name, value in config.model_options.items()]
+    options = [f"{name} {value}" for name, value in architecture(config)["options"].items()]
     loss = [f"{name} {value}" for name, value in config.loss_options.items()]
     height, width = config.image_size
     several = f", {run.processes.world_size} processes" * (run.processes.world_size > 1)
@@ -270,7 +279,7 @@ def train(run: Run) -> None:
         row = {
             "epoch": number,
             "steps": run.schedule.position,
-            "learning_rate": run.schedule.rate(run.schedule.position - 1),
+            "learning_rate": run.schedule.lr_at(run.schedule.position - 1),
             **{f"train_{name}": value / len(run.train_set) for name, value in progress.sums.items()},
             "images_per_second": rate,
         }
@@ -393,7 +402,7 @@ def refuse_non_finite(run: Run, step: int, batches: list[list[int]]) -> None:
     """Stop the run where a step (-1: none) had a loss that is not finite; `last.pt` stays as it is."""
     if step >= 0:
         pictures = ", ".join(str(run.train_set.pairs[index].image) for index in batches[step])
-        rate = run.schedule.rate(run.progress.epoch * run.schedule.steps_per_epoch + step)
+        rate = run.schedule.lr_at(run.progress.epoch * run.schedule.steps_per_epoch + step)
         where = f"in epoch {run.progress.epoch + 1}, step {step + 1}"
         conditions = f"(learning rate {rate:.3g}, {run.precision}), pictures {pictures}"
         raise Fail(f"the loss is not finite {where} {conditions}. {what_now(run)}", 1)
@@ -559,9 +568,8 @@ def save(run: Run, kind: str, state: dict[str, Any]) -> None:
         "epoch": run.progress.epoch,
         "versions": run_files.versions(),
     }
-    network = {"name": config.model, "options": config.model_options}
-    network |= config.pick("num_classes", "in_channels")
-    checkpoint = {"format": FORMAT, "kind": kind, "architecture": network, "info": info, **state}
+    known = {"format": FORMAT, "kind": kind, "architecture": architecture(config), "info": info}
+    checkpoint = {**known, **state}
     if run.processes.is_main:
         with run.clock.to("saving"):
             files.save_atomic(checkpoint, run.folder / f"{kind}.pt")
@@ -576,8 +584,10 @@ def restore_state(run: Run, saved: dict[str, Any]) -> None:
         raise ValueError(f"{what}. Bring the old data back, or start a new run by --init_from")
     run.progress = Progress(**saved["progress"])
     if is_over(run) and (run.folder / END_MARK).exists():
+        all_done = run.progress.epoch == run.config.epochs and not depends_on_length(run.config.scheduler)
+        more = f"Give it more epochs (--epochs {2 * run.progress.epoch}), or start" if all_done else "Start"
         after = f"after {run.progress.epoch} epochs"
-        raise ValueError(f"{run.folder} is finished {after}. Start a new run by --init_from")
+        raise ValueError(f"{run.folder} is finished {after}. {more} a new run by --init_from")
     run.model.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(saved["optimizer"])
     run.schedule.load_state_dict(saved["schedule"])
