@@ -72,6 +72,8 @@ class Config:
     # [0 to 180] largest rotation in degrees, either way; 10 is usual for street scenes, 180 for aerial images
     color_jitter: float = 0.0
     # [0 to 1] strength of random brightness, contrast and saturation; 0: off; long runs on real images: 0.3
+    blur: float = 0.0
+    # [0 to 10] largest standard deviation of a Gaussian blur, in pixels of image_size; 0: off; 1 is mild
 
     # Model
     model: Literal["unet", "deeplabv3plus", "pspnet", "fcn", "segnet"] = "unet"  # the network

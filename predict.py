@@ -81,9 +81,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets import Encoding, find_images, pair_truth, read_image
+from datasets.fitting import Box, fit, resize_mask
 from datasets.large import LargeMask, LargePicture, picture_size
 from datasets.reading import load_fitted
-from datasets.transforms import Box, fit, resize_mask
 from metrics import ConfusionMatrix, predicted_ids
 from models import load_model
 from utils import visualize

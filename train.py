@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets import DataError, DataReport, check_data
+from datasets.augment import Augmentation
+from datasets.fitting import mean_std
 from datasets.folder import SegmentationDataset
 from datasets.sampling import Loader, epoch_batches
-from datasets.transforms import Augmentation, mean_std
 from losses import AuxLoss, build_loss, median_frequency_weights
 from metrics import ConfusionMatrix, Scores, predicted_ids
 from models import MODELS, build_model, load_pretrained, read_checkpoint

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .transforms import generator_for
+from .augment import generator_for
 
 Batch = tuple[Tensor, Tensor]  # images, masks
 
@@ -54,7 +54,7 @@ class Loader:
     any number of workers and from any step on.
 
     Args:
-        dataset: answers `batch(keys)` and `__getitems__(keys)`.
+        dataset: answers `batch(keys)`, and `[key]` in workers.
         num_workers: processes; 0 makes the batches in this one, which is fastest for cached data.
         pin_memory: for a GPU: batches lie where it copies from without waiting, and the next ones are made
             beside the current step. (On a CPU that would only take the step's cores.)
@@ -112,7 +112,6 @@ class Loader:
                 self.dataset,
                 batch_sampler=self._keys,
                 num_workers=self.num_workers,
-                collate_fn=tuple,  # what `__getitems__` gives is a batch already
                 pin_memory=self.pin_memory,
                 persistent_workers=True,
                 worker_init_fn=_ignore_signals,

@@ -277,7 +277,7 @@ def test_class_weights_edited_into_the_file_do_not_bind_a_loss_without_them():
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
-    "field", ["in_channels", "learning_rate", "weight_decay", "poly_power", "seed"]
+    "field", ["in_channels", "hflip", "learning_rate", "weight_decay", "poly_power", "seed"]
 )
 def test_a_field_that_was_renamed_by_mistake_is_named(settings, tmp_path, monkeypatch, capsys, field):
     source = (ROOT / "config.py").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from datasets.transforms import Box
+from datasets.fitting import Box
 from models import MODELS, build_model
 from utils.inference import (
     CACHED,

@@ -1,33 +1,33 @@
-"""Image and mask stay together, and no mask gains a label, whatever the move."""
+"""Image and mask stay aligned, and no mask gains a label, whatever the augmentation."""
 
-from dataclasses import replace
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 
+from config import Config
 from datasets import Augmentation, fit
-from datasets.transforms import (
-    OUTSIDE,
-    Move,
-    fit_mask,
+from datasets.augment import (
+    AUGMENTATIONS,
+    Transform,
     flip,
+    gaussian_blur,
     generator_for,
-    place,
-    resize_mask,
     rotation,
     zoom,
 )
-from datasets.warp import apply_move, jitter
+from datasets.fitting import OUTSIDE, fit_mask, place, resize_mask
+from datasets.warp import apply_transform, jitter
 
 IGNORE = 255
-EVERYTHING = Augmentation(hflip=0.5, vflip=0.5, scale=(0.5, 2.0), rotate=30, color_jitter=0.4)
-GEOMETRY = Augmentation(hflip=0.5, vflip=0.5, scale=(0.5, 2.0), rotate=30)
+GEOMETRY = {"hflip": 0.5, "vflip": 0.5, "scale": (0.5, 2.0), "rotate": 30}
+EVERYTHING = Augmentation(**GEOMETRY, color_jitter=0.4, blur=2)
 
 
-def apply(image, mask, move, output, ignore_index=IGNORE):
+def apply(image, mask, transform, output, ignore_index=IGNORE):
     out_image, out_mask = np.empty((image.shape[2], *output), np.uint8), np.empty(output, mask.dtype)
-    apply_move(image, mask, move, out_image, out_mask, ignore_index)
+    apply_transform(image, mask, transform, out_image, out_mask, ignore_index)
     return out_image.transpose(1, 2, 0), out_mask
 
 
@@ -41,8 +41,8 @@ def random_sizes(trial):
 
 
 @pytest.mark.parametrize("rotate", [0, 30])
-def test_a_picture_that_is_its_own_mask_stays_so_under_every_move(rotate):
-    """Ramps along both axes: a shift of image against mask of a fraction of a pixel would show."""
+def test_an_image_that_equals_its_mask_still_does_after_any_augmentation(rotate):
+    """Ramps along both axes would show a shift between image and mask by a fraction of a pixel."""
     means = []
     for trial in range(150):
         source, output = (int(60 + trial % 7), int(70 - trial % 5)), (48, 56)
@@ -50,11 +50,11 @@ def test_a_picture_that_is_its_own_mask_stays_so_under_every_move(rotate):
         for ramp in (x, y):
             mask = (3 * ramp).astype(np.uint8)
             image = np.repeat(mask[..., None], 3, axis=2)
-            move = draw(replace(GEOMETRY, rotate=rotate), trial, source, output)
-            seen, ids = apply(image, mask, move, output)
+            transform = draw(Augmentation(**GEOMETRY | {"rotate": rotate}), trial, source, output)
+            seen, ids = apply(image, mask, transform, output)
             inside = ids != IGNORE
             inside[1:-1, 1:-1] &= inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
-            inside[[0, -1]] = inside[:, [0, -1]] = False  # the frame's edge is blended with what is outside
+            inside[[0, -1]] = inside[:, [0, -1]] = False  # the edge is blended with the outside
             error = (seen[..., 0].astype(int) - ids)[inside]
             assert error.size == 0 or np.abs(error).max() <= 2  # half a pixel is 1.5
             means += [error.mean()] if error.size > 200 else []
@@ -72,43 +72,43 @@ def test_a_mask_gains_no_label_but_ignore(resize):
         fitted, box = fit(image, output, resize)
         ids = fit_mask(mask, output, resize, IGNORE)
         assert fitted.shape[:2] == ids.shape == (source if resize == "crop" else output)
-        _, moved = apply(fitted, ids, draw(EVERYTHING, trial, ids.shape, output), output)
-        assert set(np.unique(moved)) <= {*labels.tolist(), IGNORE}
+        _, augmented = apply(fitted, ids, draw(EVERYTHING, trial, ids.shape, output), output)
+        assert set(np.unique(augmented)) <= {*labels.tolist(), IGNORE}
 
 
 @pytest.mark.parametrize("rotate", [0, 1e-9, 20])
-def test_what_is_outside_is_ignored_and_filled_and_what_is_inside_is_not(rotate):
+def test_pixels_outside_the_image_are_ignored_and_grey_and_those_inside_are_not(rotate):
     mask, image = np.zeros((20, 20), np.uint8), np.full((20, 20, 3), 7, np.uint8)
-    move = draw(Augmentation(hflip=0, scale=(0.5, 0.5), rotate=rotate), 3, (20, 20), (20, 20))
-    seen, ids = apply(image, mask, move, (20, 20))
+    transform = draw(Augmentation(hflip=0, scale=(0.5, 0.5), rotate=rotate), 3, (20, 20), (20, 20))
+    seen, ids = apply(image, mask, transform, (20, 20))
     assert abs((ids == 0).sum() - 100) <= 20 and (ids[ids != 0] == IGNORE).all()
     far = np.abs(seen[..., 0].astype(int) - OUTSIDE) <= 1
     assert (far | (ids == 0) | (seen[..., 0] < OUTSIDE)).all() and (seen[ids == 0] <= OUTSIDE).all()
 
 
-def test_moves_agree_with_doing_them_by_hand():
+def test_transforms_agree_with_numpy():
     rng = np.random.default_rng(1)
     image, mask = rng.integers(0, 256, (6, 8, 3), np.uint8), rng.integers(0, 9, (6, 8)).astype(np.uint8)
     shape = mask.shape
     box = (0, 0, *shape)
     for flips, axes in (((False, False), ()), ((False, True), 1), ((True, False), 0), ((True, True), (0, 1))):
         for matrix in (None, flip(flips, shape)[:2]):
-            seen, ids = apply(image, mask, Move(box, box, flips, matrix), shape)
+            seen, ids = apply(image, mask, Transform(box, box, flips, matrix), shape)
             assert np.array_equal(seen, np.flip(image, axes)) and np.array_equal(ids, np.flip(mask, axes))
     square = rng.integers(0, 9, (7, 7)).astype(np.uint8)
-    quarter = Move((), (), matrix=rotation(np.pi / 2, (7, 7))[:2])
+    quarter = Transform((), (), matrix=rotation(np.pi / 2, (7, 7))[:2])
     assert np.array_equal(apply(np.zeros((7, 7, 3), np.uint8), square, quarter, (7, 7))[1], np.rot90(square))
 
 
-@pytest.mark.parametrize("matrix", [None, zoom(2, (1, 2))[:2]], ids=["boxes", "matrix"])
+@pytest.mark.parametrize("matrix", [None, zoom(2, (1, 2))[:2]], ids=["regions", "matrix"])
 def test_zoom_by_two_shows_every_pixel_of_its_window_four_times(matrix):
     mask = np.arange(36, dtype=np.uint8).reshape(6, 6)
-    move = Move((2, 1, 3, 4), (0, 0, 6, 8), matrix=matrix)
-    _, ids = apply(np.zeros((6, 6, 3), np.uint8), mask, move, (6, 8))
+    transform = Transform((2, 1, 3, 4), (0, 0, 6, 8), matrix=matrix)
+    _, ids = apply(np.zeros((6, 6, 3), np.uint8), mask, transform, (6, 8))
     assert np.array_equal(ids, mask[2:5, 1:5].repeat(2, 0).repeat(2, 1))
 
 
-def test_crop_takes_a_window_of_whole_pixels_at_native_scale():
+def test_crop_takes_a_window_of_whole_pixels_at_the_scale_of_the_image():
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     mask = np.arange(2000).reshape(40, 50)
     corners = set()
@@ -120,7 +120,7 @@ def test_crop_takes_a_window_of_whole_pixels_at_native_scale():
     assert len(corners) > 40
 
 
-def test_every_part_of_a_source_is_as_likely_to_be_seen():
+def test_every_part_of_an_image_is_equally_likely_to_be_seen():
     seen = np.zeros((20, 20))
     for trial in range(600):
         _, ids = apply(
@@ -134,16 +134,20 @@ def test_every_part_of_a_source_is_as_likely_to_be_seen():
 
 
 @pytest.mark.parametrize("ignore_index", [-(2**31), -100, -1, 11, 255, 1000, 2**31 - 1])
-def test_any_ignored_id_survives_resampling(ignore_index):
+def test_any_ignore_index_survives_resampling(ignore_index):
     mask = np.random.default_rng(0).choice([0, 5, ignore_index], (30, 30))
     _, ids = apply(
-        np.zeros((30, 30, 1), np.uint8), mask, draw(GEOMETRY, 5, (30, 30), (30, 30)), (30, 30), ignore_index
+        np.zeros((30, 30, 1), np.uint8),
+        mask,
+        draw(Augmentation(**GEOMETRY), 5, (30, 30), (30, 30)),
+        (30, 30),
+        ignore_index,
     )
     assert set(np.unique(ids)) == {0, 5, ignore_index}
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
-def test_any_number_of_channels_is_fitted_moved_and_coloured(channels):
+def test_any_number_of_channels_is_fitted_and_augmented(channels):
     image = np.random.default_rng(0).integers(0, 256, (33, 21, channels), np.uint8)
     fitted, box = fit(image, (32, 40), "letterbox")
     assert fitted.shape == (32, 40, channels) and box == place((33, 21), (32, 40), "letterbox")
@@ -152,7 +156,7 @@ def test_any_number_of_channels_is_fitted_moved_and_coloured(channels):
     assert seen.shape == (16, 16, channels)
 
 
-def test_letterbox_keeps_the_shape_and_labels_only_the_picture():
+def test_letterbox_keeps_the_aspect_ratio_and_labels_only_the_image():
     for trial in range(60):
         source, output = random_sizes(trial)
         box = place(source, output, "letterbox")
@@ -162,7 +166,7 @@ def test_letterbox_keeps_the_shape_and_labels_only_the_picture():
         assert (content == 0).all() and (ids == 0).sum() == box.height * box.width
 
 
-def test_nearest_takes_the_value_under_each_centre():
+def test_masks_are_resized_by_the_value_under_each_centre():
     for trial in range(60):
         (old, _), (new, _) = random_sizes(trial)
         row = np.arange(old)[None]
@@ -170,7 +174,7 @@ def test_nearest_takes_the_value_under_each_centre():
         assert resize_mask(row, (1, new))[0].tolist() == expected
 
 
-def test_jitter_of_nothing_changes_nothing_and_grey_stays_grey():
+def test_jitter_by_1_changes_nothing_and_grey_stays_grey():
     pixels = torch.randint(0, 256, (3, 8, 8)).float()
     assert torch.equal(jitter(pixels.clone(), 1, 1, 1).byte(), pixels.byte())
     grey = torch.full((3, 2, 2), 90.0)
@@ -179,11 +183,77 @@ def test_jitter_of_nothing_changes_nothing_and_grey_stays_grey():
     assert jitter(pixels.clone(), 3, 3, 3).min() >= 0
 
 
-def test_turning_one_move_on_leaves_the_draws_of_the_others_alone():
-    for trial in range(40):
-        plain = draw(Augmentation(scale=(0.5, 2)), trial, (30, 30), (20, 20))
-        turned = draw(Augmentation(scale=(0.5, 2), color_jitter=0.2, rotate=9), trial, (30, 30), (20, 20))
-        assert (plain.source, plain.target, plain.flips) == (turned.source, turned.target, turned.flips)
+ON = {"hflip": 0.5, "vflip": 0.5, "scale": (0.5, 2.0), "rotate": 9, "color_jitter": 0.2, "blur": 2.0}
+OFF = {"hflip": 0, "vflip": 0, "scale": (1, 1), "rotate": 0, "color_jitter": 0, "blur": 0}
+
+
+def test_every_setting_of_an_augmentation_is_one_of_config_and_the_other_way_round():
+    settings = [field.name for cls in AUGMENTATIONS for field in fields(cls)]
+    assert sorted(settings) == sorted(Config().augmentation_options) == sorted(ON) == sorted(OFF)
+    defaults = Augmentation(**Config().augmentation_options), Augmentation()
+    assert defaults[0].augmentations == defaults[1].augmentations
+
+
+@pytest.mark.parametrize("name", ON)
+def test_turning_one_augmentation_on_or_off_leaves_the_draws_of_the_others_alone(name):
+    changed = next(cls for cls in AUGMENTATIONS if name in {field.name for field in fields(cls)})
+    for trial in range(20):
+        for settings, change in ((ON, OFF), (OFF, ON)):
+            parts = [drawn(settings | part, trial) for part in ({}, {name: change[name]})]
+            assert all(
+                same(*pair) for cls, *pair in zip(AUGMENTATIONS, *parts, strict=True) if cls != changed
+            )
+
+
+def drawn(settings, trial):
+    """The part of each augmentation."""
+    generator = generator_for(0, 0, trial)
+    return [augmentation.draw(generator, (20, 20)) for augmentation in Augmentation(**settings).augmentations]
+
+
+def same(one, other):
+    if one is None or other is None:
+        return one is other
+    image = torch.arange(300.0).view(3, 10, 10)
+    values = [(*part[:2], part.position, part.color, np.array(part.map)) for part in (one, other)]
+    blurred = [part.filter(image) if part.filter else image for part in (one, other)]
+    return repr(values[0]) == repr(values[1]) and torch.equal(*blurred)
+
+
+def test_an_unknown_augmentation_is_refused():
+    with pytest.raises(ValueError, match="no augmentation has 'flip'; the settings are hflip, vflip, scale"):
+        Augmentation(flip=1)
+
+
+def test_blur_is_a_gaussian_with_repeated_edges():
+    image = torch.rand(2, 30, 24, dtype=torch.float64)
+    sigma, radius = 1.7, 6
+    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    kernel = np.exp(-(x**2 + y**2) / (2 * sigma**2))
+    padded = np.pad(image, ((0, 0), (radius, radius), (radius, radius)), mode="edge")
+    expected = np.zeros_like(image)
+    for row, column in np.ndindex(30, 24):
+        window = padded[:, row : row + 2 * radius + 1, column : column + 2 * radius + 1]
+        expected[:, row, column] = (window * kernel / kernel.sum()).sum((1, 2))
+    assert np.allclose(gaussian_blur(image, sigma), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("rotate", [0, 20])
+def test_blur_smooths_the_image_and_leaves_the_mask_and_a_flat_image_alone(rotate):
+    rng = np.random.default_rng(0)
+    noise, flat = rng.integers(0, 256, (40, 40, 3), np.uint8), np.full((40, 40, 3), OUTSIDE, np.uint8)
+    mask = rng.integers(0, 4, (40, 40)).astype(np.uint8)
+    sharp, blurred = (
+        draw(Augmentation(hflip=0, rotate=rotate, blur=blur), 3, (40, 40), (40, 40)) for blur in (0, 4)
+    )
+    assert apply(noise, mask, blurred, (40, 40))[0].std() < 0.5 * apply(noise, mask, sharp, (40, 40))[0].std()
+    assert np.array_equal(apply(noise, mask, blurred, (40, 40))[1], apply(noise, mask, sharp, (40, 40))[1])
+    assert (apply(flat, mask, blurred, (40, 40))[0] == OUTSIDE).all()
+
+
+def test_slow_augmentations_are_told_from_fast_ones():
+    assert not Augmentation(**ON | {"rotate": 0, "blur": 0}).slow
+    assert Augmentation(rotate=1).slow and Augmentation(blur=1).slow
 
 
 def test_generators_differ_by_seed_epoch_and_index_and_repeat():
