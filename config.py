@@ -46,34 +46,27 @@ class Config:
     )  # [0 to 255] red,green,blue, one colour per class, to draw with; None: chosen for you
     in_channels: int = 3  # [1 or more] channels of the images: 1 grey, 3 colour, 4 with alpha or infrared
     image_size: tuple[int, int] | int = (128, 128)
-    # [32 or more] height and width of the network's input in pixels; one number: a square; real images: 256
-    # to 512
+    # [32 or more] height and width of the network's input; one number: a square; real images: 256 to 512
     resize: Literal["stretch", "letterbox", "crop"] = "stretch"
     # how an image is brought to image_size: stretched, padded to keep its shape, or cropped at its own scale
     labels: str = "auto"
-    # how masks encode classes: auto, snap (auto, lossy masks too), or a map such as 0=0,255=1 or
-    # #000000=0,#ff0000=1
+    # how masks encode classes: auto, snap (lossy masks), or a map such as 0=0,255=1 or #000000=0,#ff0000=1
     mask_suffix: str = ""  # what a mask's name has after its image's: "_mask" pairs cat.jpg with cat_mask.png
-    ignore_index: int = 255
-    # [-2147483648 to 2147483647] mask value that is not scored and not learned: void, unlabelled
+    ignore_index: int = 255  # [-2147483648 to 2147483647] mask value that is not scored: void, unlabelled
     cache: Literal["auto", "ram", "disk", "off"] = "auto"
     # where decoded and resized images are kept, so that each is decoded once; auto: ram if small, else disk
-    cache_dir: str | None = None
-    # folder of the disk cache and of the data check's results; None: .cache in output_dir
+    cache_dir: str | None = None  # folder of the disk cache and check results; None: .cache in output_dir
 
     # Augmentation (training images only)
     hflip: float = 0.5  # [0 to 1] probability of a left-right flip; 0 where left and right differ in meaning
-    vflip: float = 0.0
-    # [0 to 1] probability of an upside-down flip; 0.5 for aerial and microscope images
+    vflip: float = 0.0  # [0 to 1] probability of an upside-down flip; 0.5 for aerial and microscope images
     scale: tuple[float, float] = (1.0, 1.0)
-    # [0.1 to 10] lowest and highest zoom, then cropped or padded to image_size; 1 1: off; long runs on real
-    # images: 0.5 2
+    # [0.1 to 10] lowest and highest zoom, then cropped or padded; 1 1: off; long runs on real images: 0.5 2
     rotate: float = 0.0
     # [0 to 180] largest rotation in degrees, either way; 10 is usual for street scenes, 180 for aerial images
     color_jitter: float = 0.0
     # [0 to 1] strength of random brightness, contrast and saturation; 0: off; long runs on real images: 0.3
-    blur: float = 0.0
-    # [0 to 10] largest standard deviation of a Gaussian blur, in pixels of image_size; 0: off; 1 is mild
+    blur: float = 0.0  # [0 to 10] largest standard deviation of a Gaussian blur in pixels; 0: off; 1 is mild
 
     # Model
     model: Literal["unet", "deeplabv3plus", "pspnet", "fcn", "segnet"] = "unet"  # the network
@@ -82,10 +75,8 @@ class Config:
     # vgg13_bn vgg16_bn vgg19_bn] the encoder; None: resnet50 or vgg16_bn
     output_stride: Literal[8, 16] | None = None
     # [deeplabv3plus, pspnet] image size per size of the deepest features; None: the papers' 16 and 8
-    separable: bool = False
-    # [deeplabv3plus] depthwise separable convolutions in ASPP and decoder: fewer parameters
-    fcn_variant: Literal["8s", "16s", "32s"] = "8s"
-    # [fcn; as variant] stride of the finest scores: 8s is finest
+    separable: bool = False  # [deeplabv3plus] depthwise separable convolutions: fewer parameters
+    fcn_variant: Literal["8s", "16s", "32s"] = "8s"  # [fcn; as variant] stride of the scores; 8s is finest
     base_channels: int = 16
     # [unet, segnet; 1 or more] channels of the first level, doubled from level to level; the papers have 64
     bilinear: bool = False  # [unet] bilinear upsampling instead of transposed convolutions
@@ -95,8 +86,7 @@ class Config:
 
     # Initial weights
     pretrained: str = "none"
-    # [deeplabv3plus, pspnet, fcn, segnet] of the backbone: none (random), imagenet (downloaded by
-    # torchvision), or a state-dict file
+    # [deeplabv3plus, pspnet, fcn, segnet] backbone: none (random), imagenet (downloaded), a state-dict file
     freeze_backbone: bool = False
     # [deeplabv3plus, pspnet, fcn, segnet] keep the backbone as it is (with pretrained or init_from)
     init_from: str | None = None
@@ -127,8 +117,7 @@ class Config:
     scheduler: Literal["step", "poly", "cosine", "plateau", "none"] = "poly"
     # how the learning rate falls: in steps; to zero at the end (poly, cosine); when the score stalls; or not
     warmup_steps: int = 10
-    # [0 or more] steps over which the learning rate rises at first, at most half the run; real data: 100
-    # to 1000
+    # [0 or more] steps over which it rises at first, at most half the run's; real data: 100 to 1000
     step_size: int = 30  # [step; 1 or more] epochs between two reductions
     step_gamma: float = 0.1  # [step; above 0 to 1] factor of each reduction
     poly_power: float = 0.9  # [poly; above 0] exponent: learning_rate x (1 - step / steps) ** poly_power
@@ -158,8 +147,7 @@ class Config:
     output_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # this run's folder in output_dir; None: model, date and time
     resume: str | None = None  # continue a run: its folder, or auto (the newest unfinished one)
-    save_every_minutes: float = 10.0
-    # [0 or more] minutes between two saves within an epoch; 0: only at an epoch's end
+    save_every_minutes: float = 10.0  # [0 or more] between two saves within an epoch; 0: only at its end
     check: bool = False  # check the data, print what was found, and stop
 
     # fmt: on

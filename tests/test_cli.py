@@ -145,7 +145,7 @@ def test_a_remark_goes_on_in_the_comment_below_its_field():
     remarks = {name: remark.text for name, remark in Config.remarks().items()}
     assert remarks["resize"].startswith("how an image is brought to image_size")
     assert remarks["resize"].endswith("cropped at its own scale")
-    assert remarks["labels"].endswith("such as 0=0,255=1 or #000000=0,#ff0000=1")
+    assert remarks["labels"].endswith("a map such as 0=0,255=1 or #000000=0,#ff0000=1")
     assert remarks["vflip"].startswith("[0 to 1] probability")
 
 

@@ -22,49 +22,33 @@ NOT_SETTINGS = ("versions", "why")  # keys of a config.json that describe the ru
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 TYPES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "none"}
 PLURALS = {int: "whole numbers", float: "numbers", str: "names"}
-ALIASES = {  # names that other projects have for a setting or a choice
-    "accumulate": "accumulate_grad_batches grad_accum gradient_accumulation_steps iter_size",
-    "amp": "fp16 bf16 half mixed_precision precision use_amp",
+ALIASES = {  # names of settings and choices in other projects
+    "accumulate": "accumulate_grad_batches grad_accum gradient_accumulation_steps",
+    "amp": "fp16 half mixed_precision precision use_amp",
     "backbone": "encoder encoder_name",
-    "batch_size": "batch bs train_batch_size samples_per_gpu",
-    "class_names": "classes labels_names names",
-    "clip_grad": "clip gradient_clip_val grad_clip max_norm max_grad_norm",
-    "color_jitter": "jitter colour_jitter brightness contrast saturation",
-    "data_root": "data data_dir data_folder data_path dataset dataset_dir root train_dir",
-    "device": "accelerator cuda gpu gpu_id",
-    "early_stop": "early_stopping patience",
-    "ema_decay": "ema use_ema",
-    "epochs": "e epoch max_epoch max_epochs n_epochs num_epochs num_train_epochs",
-    "hflip": "fliplr flip horizontal_flip",
-    "ignore_index": "ignore ignore_label ignore_value void",
-    "image_size": "crop_size img_scale img_size imgsz input_size resolution size",
-    "init_from": "load_from finetune",
-    "input": "image images img imgs source",
-    "learning_rate": "l lr base_lr initial_lr lr0",
-    "loss": "criterion loss_fn loss_type",
-    "model": "arch architecture model_name net network",
-    "num_classes": "n_class n_classes nc num_class",
-    "num_workers": "j n_workers workers",
-    "optimizer": "opt optim optimiser",
-    "output": "out out_dir output_dir save_dir",
-    "output_dir": "logdir log_dir out out_dir output project save_dir work_dir",
-    "overlay": "overlays viz visualize",
-    "pretrained": "encoder_weights weights",
-    "rotate": "degrees rotation",
-    "run_name": "exp exp_name experiment name",
-    "scheduler": "lr_policy lr_schedule lr_scheduler sched schedule",
-    "seed": "manual_seed random_seed random_state",
-    "truth": "ground_truth gt masks targets",
-    "vflip": "flipud vertical_flip",
-    "warmup_steps": "warmup warmup_iters",
-    "weight_decay": "decay l2 wd",
-    "weights": "checkpoint ckpt load model model_path resume",
-    "ce": "bce cross_entropy crossentropy crossentropyloss",
+    "batch_size": "batch bs",
+    "class_names": "classes names",
+    "clip_grad": "gradient_clip_val grad_clip max_norm max_grad_norm",
     "cosine": "cosineannealinglr cosine_annealing cos",
-    "deeplabv3plus": "deeplabv3+ deeplabv3_plus deeplabv3 deeplab",
-    "plateau": "reducelronplateau",
+    "data_root": "data data_dir data_path dataset dataset_dir root",
+    "early_stop": "early_stopping patience",
+    "epochs": "max_epochs n_epochs num_epochs num_train_epochs",
+    "hflip": "flip fliplr horizontal_flip",
+    "image_size": "crop_size img_size imgsz input_size size",
+    "input": "images img imgs source",
+    "learning_rate": "lr base_lr lr0",
+    "loss": "criterion loss_fn",
+    "model": "arch architecture net network",
+    "num_classes": "n_classes nc",
+    "num_workers": "workers",
+    "output_dir": "logdir log_dir out save_dir work_dir",
+    "pretrained": "encoder_weights weights",
+    "run_name": "exp_name experiment name",
+    "truth": "ground_truth gt masks targets",
+    "weight_decay": "decay wd",
+    "weights": "checkpoint ckpt load model",
 }
-SEVERAL_GPUS = ("devices", "gpus", "n_gpu", "nproc_per_node", "num_gpus")
+SEVERAL_GPUS = ("devices", "gpus", "num_gpus")
 
 
 class Fail(Exception):
@@ -178,9 +162,8 @@ def resumed_settings(
         if name in (*allowed, "resume") or value == own:
             continue
         if name in given:
-            why = (
-                f", and whose {run.scheduler} schedule ends with them" if name == "epochs" not in free else ""
-            )
+            planned = name == "epochs" and name not in free
+            why = f", and whose {run.scheduler} schedule ends with them" * planned
             raise Fail(
                 f"--{name} {value} contradicts the run to resume, which has {own}{why}. "
                 "Leave it out to go on, or start a new run from its weights by --init_from"
