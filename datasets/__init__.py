@@ -3,12 +3,13 @@
 A picture's way, each stop usable alone: reading (file to array) → labels (mask values to class ids) →
 preflight (every file checked and counted once) → fitting (to the network's input) → augment (random
 transforms) → warp (applying them) → cache (decoded, resized samples) → folder (the data set) → sampling
-(order, shards, batches).
+(order, shards, batches). Only what makes tensors needs torch, which is imported when it is used.
 """
+
+from typing import Any
 
 from .augment import Augmentation
 from .fitting import Box, fit, mean_std
-from .folder import SegmentationDataset
 from .labels import Encoding, parse_labels
 from .pairing import Pair, pair_truth
 from .preflight import DataReport, check_data
@@ -31,3 +32,11 @@ __all__ = [
     "read_image",
     "read_mask",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SegmentationDataset":
+        from .folder import SegmentationDataset
+
+        return SegmentationDataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

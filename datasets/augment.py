@@ -9,14 +9,17 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.random import Generator, Philox
-from torch import Tensor
-from torch.nn import functional as F
 
 from .fitting import Size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Filter = Callable[["Tensor"], "Tensor"]  # of a resampled image, float (C, h, w) in 0..255
 
 
 class Part(NamedTuple):
@@ -27,7 +30,7 @@ class Part(NamedTuple):
     map: np.ndarray | None = None  # any other affine map, (3, 3), from output to output, such as a rotation
     position: tuple[float, float] | None = None  # of the window (x, y), 0..1
     color: tuple[float, float, float] | None = None  # factors of brightness, contrast, saturation
-    filter: Callable[[Tensor], Tensor] | None = None  # of the resampled image, float (C, h, w) in 0..255
+    filter: Filter | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Transform(NamedTuple):
     flips: tuple[bool, bool] = (False, False)  # upside down, left to right
     matrix: np.ndarray | None = None  # instead of these three: an affine map (2, 3), output → source
     color: tuple[float, float, float] | None = None  # factors of brightness, contrast, saturation
-    filters: tuple[Callable[[Tensor], Tensor], ...] = ()
+    filters: tuple[Filter, ...] = ()
 
 
 class Augmentation:
@@ -195,14 +198,16 @@ def zoom(scale: float, corner: np.ndarray) -> np.ndarray:
     return np.array([[1 / scale, 0, corner[0]], [0, 1 / scale, corner[1]], [0, 0, 1]])
 
 
-def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+def gaussian_blur(image: "Tensor", sigma: float) -> "Tensor":
     """Convolve float (C, h, w) with a Gaussian along both axes; edges are repeated.
 
     By sums of shifted images, which take a fourth of the time of `conv2d` on one CPU thread.
     """
+    from torch.nn.functional import pad
+
     radius = math.ceil(3 * sigma)
     weights = [math.exp(-0.5 * (x / sigma) ** 2) for x in range(-radius, radius + 1)]
-    image = F.pad(image[None], [radius] * 4, mode="replicate")[0]
+    image = pad(image[None], [radius] * 4, mode="replicate")[0]
     for axis in (1, 2):
         size = image.shape[axis] - 2 * radius
         total = image.narrow(axis, 0, size) * (weights[0] / sum(weights))

@@ -223,6 +223,31 @@ def same(one, other):
     return repr(values[0]) == repr(values[1]) and torch.equal(*blurred)
 
 
+@pytest.mark.parametrize(
+    ("key", "regions", "color", "row"),
+    [
+        (
+            (0, 0, 0),
+            ((0, 0, 60, 50), (1, 10, 35, 29), (True, True)),
+            1.178617717,
+            (-1.713389161, 65.351021995),
+        ),
+        (
+            (3, 5, 7),
+            ((6, 0, 52, 50), (0, 8, 40, 38), (True, False)),
+            1.036362302,
+            (1.300824867, -9.733109635),
+        ),
+    ],
+)
+def test_seeds_keep_the_draws_that_they_had(key, regions, color, row):
+    augmentation = Augmentation(hflip=0.5, vflip=0.5, scale=(0.5, 2.0), rotate=9, color_jitter=0.2, blur=1)
+    transform = augmentation.draw(generator_for(*key), (60, 50), (40, 48))
+    assert (transform.source, transform.target, transform.flips) == regions
+    assert transform.color[0] == pytest.approx(color)
+    assert (transform.matrix[0, 0], transform.matrix[0, 2]) == pytest.approx(row)
+
+
 def test_an_unknown_augmentation_is_refused():
     with pytest.raises(ValueError, match="no augmentation has 'flip'; the settings are hflip, vflip, scale"):
         Augmentation(flip=1)

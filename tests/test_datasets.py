@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datasets
 from datasets import (
     Augmentation,
     DataError,
@@ -337,6 +338,7 @@ def test_workers_that_are_spawned_make_the_same_batches(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_plain_data_loader_takes_the_data_set_by_index(tmp_path, workers):
+    assert datasets.SegmentationDataset is SegmentationDataset and "SegmentationDataset" in datasets.__all__
     dataset = make_dataset(tmp_path)
     loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=workers)
     for dataset.epoch in (0, 3):
