@@ -1,155 +1,160 @@
 """Every setting of a training run, in one place.
 
 Edit the values here, or give any of them as a flag: `python train.py --model pspnet --image_size 256 256`.
-The defaults train on the small data set in `mock_data/`; the remarks say what to use on real pictures.
+The defaults train on the small data set in `mock_data/`; the remarks say what to use on real images.
+
+A setting is `name: type = value` with a remark behind or below it. A bracket in front of the remark holds its
+rules, by which values are refused: its range; the models, losses, optimizers or schedules that have it, with
+their values where these differ; "as x" where they call it x. The settings of a section are the keyword
+arguments of what is chosen in it (`model_options`, `loss_options`, ...); None leaves the value to the class.
 """
 
+import re
+from ast import literal_eval
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from math import inf
+from dataclasses import dataclass
+from functools import cache
+from inspect import getsource
 from os.path import expanduser
 from pathlib import Path
-from typing import Any, Literal
-
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
-VGGS = ("vgg11", "vgg13", "vgg16", "vgg19", "vgg11_bn", "vgg13_bn", "vgg16_bn", "vgg19_bn")
-BACKBONES = {  # model: (its backbones, the one that None stands for)
-    "deeplabv3plus": (RESNETS, "resnet50"),
-    "pspnet": (RESNETS, "resnet50"),
-    "fcn": (VGGS, "vgg16_bn"),  # without batch normalisation it hardly trains from random weights
-}
+from textwrap import dedent
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def settings(cls: type) -> type:
-    """A frozen dataclass, in which a list may stand for a tuple: [256, 256], which it would refuse."""
+    """Make a frozen dataclass with `remarks()`, in which [256, 256] may stand for (256, 256)."""
     for name, value in [*vars(cls).items()]:
         if isinstance(value, list):
             setattr(cls, name, tuple(value))
+    cls.remarks = classmethod(lambda _: read_remarks(cls))
     return dataclass(frozen=True)(cls)
 
 
 @settings
 class Config:
-    """One run's settings: a field a line, with its remark behind it, or below where that is long."""
+    """The settings of one run."""
 
     # fmt: off
 
     # Data
     data_root: str = "mock_data"  # folder with {train,val}/{images,masks}
-    num_classes: int = 4  # number of classes, background included; 2 or more
+    num_classes: int = 4  # [2 to 32768] number of classes, background included
     class_names: tuple[str, ...] | None = ("background", "berry", "leaf", "flower")
-    # one a class; None: class_0, class_1, ...; these belong to mock_data and go with its num_classes alone
+    # one per class; None: class_0, class_1, ...; these belong to mock_data and go with its num_classes alone
     class_colors: tuple[tuple[int, int, int], ...] | None = (
         (0, 0, 0), (204, 51, 102), (68, 170, 119), (238, 187, 68)
-    )  # red,green,blue of 0 to 255, one a class, to draw with; None: chosen for you
-    in_channels: int = 3  # channels of the pictures: 1 grey, 3 colour, 4 with alpha or infrared
+    )  # [0 to 255] red,green,blue, one colour per class, to draw with; None: chosen for you
+    in_channels: int = 3  # [1 or more] channels of the images: 1 grey, 3 colour, 4 with alpha or infrared
     image_size: tuple[int, int] | int = (128, 128)
-    # height and width that the network sees, in pixels; one number: a square. Real pictures: 256 to 512
+    # [32 or more] height and width of the network's input; one number: a square; real images: 256 to 512
     resize: Literal["stretch", "letterbox", "crop"] = "stretch"
-    # how a picture comes to image_size: stretched, padded with its shape kept, or cut in windows at its scale
+    # how an image is brought to image_size: stretched, padded to keep its shape, or cropped at its own scale
     labels: str = "auto"
-    # how masks encode classes: auto, snap (auto, lossy masks too), or a map such as 0=0,255=1 or
-    # #000000=0,#ff0000=1
-    mask_suffix: str = ""
-    # what a mask's name has after its picture's: "_mask" pairs cat.jpg with cat_mask.png
-    ignore_index: int = 255  # mask value that counts nowhere: void, unlabelled
+    # how masks encode classes: auto, snap (lossy masks), or a map such as 0=0,255=1 or #000000=0,#ff0000=1
+    mask_suffix: str = ""  # what a mask's name has after its image's: "_mask" pairs cat.jpg with cat_mask.png
+    ignore_index: int = 255  # [-2147483648 to 2147483647] mask value that is not scored: void, unlabelled
     cache: Literal["auto", "ram", "disk", "off"] = "auto"
-    # where decoded and resized pictures are kept, so that each is decoded once; auto: ram if small, else disk
-    cache_dir: str | None = None
-    # folder of the disk cache and of the check's results; None: .cache in output_dir
+    # where decoded and resized images are kept, so that each is decoded once; auto: ram if small, else disk
+    cache_dir: str | None = None  # folder of the disk cache and check results; None: .cache in output_dir
 
-    # Augmentation (training pictures only)
-    hflip: float = 0.5  # probability of a flip left to right; 0 where left and right differ in meaning
-    vflip: float = 0.0
-    # probability of a flip upside down; 0.5 for pictures from above and under the microscope
+    # Augmentation (training images only)
+    hflip: float = 0.5  # [0 to 1] probability of a left-right flip; 0 where left and right differ in meaning
+    vflip: float = 0.0  # [0 to 1] probability of an upside-down flip; 0.5 for aerial and microscope images
     scale: tuple[float, float] = (1.0, 1.0)
-    # lowest and highest zoom, then cut or padded to image_size; 1 1: off; long runs on real pictures: 0.5 2
+    # [0.1 to 10] lowest and highest zoom, then cropped or padded; 1 1: off; long runs on real images: 0.5 2
     rotate: float = 0.0
-    # largest rotation in degrees, either way; 10 is usual for street scenes, 180 for pictures from above
+    # [0 to 180] largest rotation in degrees, either way; 10 is usual for street scenes, 180 for aerial images
     color_jitter: float = 0.0
-    # strength of random brightness, contrast and saturation, 0 to 1; 0: off; long runs on real pictures: 0.3
+    # [0 to 1] strength of random brightness, contrast and saturation; 0: off; long runs on real images: 0.3
+    blur: float = 0.0  # [0 to 10] largest standard deviation of a Gaussian blur in pixels; 0: off; 1 is mild
 
     # Model
     model: Literal["unet", "deeplabv3plus", "pspnet", "fcn", "segnet"] = "unet"  # the network
     backbone: str | None = None
-    # resnet18, 34, 50, 101 (deeplabv3plus, pspnet; None: resnet50) or vgg11, 13, 16, 19, with _bn too (fcn;
-    # None: vgg16_bn)
-    pretrained: str = "none"
-    # first weights of the backbone: none (random), imagenet (downloaded by torchvision), or a state-dict file
-    output_stride: Literal[8, 16, 32] | None = None
-    # how much smaller than the picture the deepest map is (deeplabv3plus, pspnet); None: the papers' 16 and 8
-    separable: bool = False
-    # depthwise separable convolutions in ASPP and decoder (deeplabv3plus): fewer parameters
-    fcn_variant: Literal["8s", "16s", "32s"] = "8s"  # stride of the finest scores (fcn): 8s is finest
+    # [deeplabv3plus, pspnet: resnet18 resnet34 resnet50 resnet101; fcn: vgg11 vgg13 vgg16 vgg19 vgg11_bn
+    # vgg13_bn vgg16_bn vgg19_bn] the encoder; None: resnet50 or vgg16_bn
+    output_stride: Literal[8, 16] | None = None
+    # [deeplabv3plus, pspnet] image size per size of the deepest features; None: the papers' 16 and 8
+    separable: bool = False  # [deeplabv3plus] depthwise separable convolutions: fewer parameters
+    fcn_variant: Literal["8s", "16s", "32s"] = "8s"  # [fcn; as variant] stride of the scores; 8s is finest
     base_channels: int = 16
-    # channels of the first level (unet, segnet), doubled level by level; the papers have 64
-    bilinear: bool = False  # bilinear upsampling instead of transposed convolutions (unet)
-    aux_weight: float = 0.4  # weight of the auxiliary loss on layer3 while training (pspnet); 0: none
-    dropout: float | None = None  # dropout probability; None: the paper's for each network
+    # [unet, segnet; 1 or more] channels of the first level, doubled from level to level; the papers have 64
+    bilinear: bool = False  # [unet] bilinear upsampling instead of transposed convolutions
+    aux_weight: float = 0.4
+    # [pspnet; 0 or more] weight of the auxiliary loss on layer3 in training; 0: no auxiliary head
+    dropout: float | None = None  # [0 to 1] dropout probability; None: the paper's for each network
+
+    # Initial weights
+    pretrained: str = "none"
+    # [deeplabv3plus, pspnet, fcn, segnet] backbone: none (random), imagenet (downloaded), a state-dict file
     freeze_backbone: bool = False
-    # keep the backbone's weights and statistics as they are (with pretrained or init_from)
+    # [deeplabv3plus, pspnet, fcn, segnet] keep the backbone as it is (with pretrained or init_from)
     init_from: str | None = None
-    # checkpoint whose weights this run starts from; what does not fit is listed and left at random
+    # checkpoint whose weights this run starts from; weights that do not fit are listed and stay random
 
     # Loss
     loss: Literal["ce", "weighted_ce", "focal", "dice", "joint"] = "joint"
     # cross entropy, class-weighted, focal, Dice, or Dice and one of the first three
-    joint_ce: Literal["ce", "weighted_ce", "focal"] = "ce"  # the cross-entropy form inside joint
+    joint_ce: Literal["ce", "weighted_ce", "focal"] = "ce"  # [joint] the form of cross entropy in joint
     class_weights: Literal["auto"] | tuple[float, ...] | None = None
-    # auto (median frequency, from the training masks) or one number a class; None: auto for weighted_ce,
-    # equal for focal
-    focal_gamma: float = 2.0  # how much focal loss turns to hard pixels; 0 is plain cross entropy
-    dice_weight: float = 0.5  # share of Dice in joint, 0 to 1; the cross entropy has the rest
+    # [weighted_ce, focal; 0 or more] auto (median frequency, from the training masks) or one number per
+    # class; None: auto for weighted_ce, equal for focal
+    focal_gamma: float = 2.0  # [focal; 0 or more] focus on hard pixels; 0: plain cross entropy
+    dice_weight: float = 0.5  # [joint; 0 to 1] fraction of Dice in joint; the rest is cross entropy
 
-    # Optimizer and schedule
-    optimizer: Literal["adam", "sgd", "rmsprop"] = "adam"
+    # Optimizer
+    optimizer: Literal["adam", "adamw", "sgd", "rmsprop"] = "adam"
     # adam is the safe choice; sgd with learning_rate 0.01 and poly is what most papers used
     learning_rate: float = 0.002
-    # at the start (after warm-up); real pictures: adam 0.0003 to 0.001, sgd 0.01, rmsprop 0.0001
-    backbone_lr_scale: float = 1.0  # factor on the backbone's learning rate; 0.1 with pretrained weights
-    weight_decay: float = 1e-4  # L2 penalty on convolution weights; biases and normalisation have none
-    momentum: float = 0.9  # of sgd (Nesterov) and rmsprop
-    scheduler: Literal["step", "poly", "plateau", "none"] = "poly"
-    # how the learning rate falls: in steps, to zero at the end, when the score stalls, or not
+    # [above 0] at the start, after warm-up; real images: adam 0.0003 to 0.001, sgd 0.01, rmsprop 0.0001
+    backbone_lr_scale: float = 1.0
+    # [deeplabv3plus, pspnet, fcn, segnet; above 0] factor on the backbone's learning rate; 0.1 if pretrained
+    weight_decay: float = 1e-4
+    # [0 or more] L2 penalty on convolution weights, not on biases and normalization; adamw: 0.01 is usual
+    momentum: float = 0.9  # [sgd, rmsprop; 0 to below 1] of the gradients (sgd: Nesterov)
+
+    # Scheduler
+    scheduler: Literal["step", "poly", "cosine", "plateau", "none"] = "poly"
+    # how the learning rate falls: in steps; to zero at the end (poly, cosine); when the score stalls; or not
     warmup_steps: int = 10
-    # steps over which the learning rate rises at first, at most half the run's; real data: 100 to 1000
-    step_size: int = 30  # epochs between two drops (scheduler step)
-    step_gamma: float = 0.1  # factor of each drop (scheduler step)
-    poly_power: float = 0.9  # learning_rate x (1 - step / steps) to this power (scheduler poly)
-    plateau_factor: float = 0.5  # factor of each drop (scheduler plateau)
-    plateau_patience: int = 5  # validations without a better score before a drop (scheduler plateau)
+    # [0 or more] steps over which it rises at first, at most half the run's; real data: 100 to 1000
+    step_size: int = 30  # [step; 1 or more] epochs between two reductions
+    step_gamma: float = 0.1  # [step; above 0 to 1] factor of each reduction
+    poly_power: float = 0.9  # [poly; above 0] exponent: learning_rate x (1 - step / steps) ** poly_power
+    plateau_factor: float = 0.5  # [plateau; above 0 to below 1] factor of each reduction
+    plateau_patience: int = 5  # [plateau; 0 or more] validations without improvement before a reduction
 
     # Run
-    epochs: int = 22  # passes over the training pictures; real data from random weights: 100 to 500
-    batch_size: int = 4  # pictures a step, over all processes together; real data: 8 to 16
-    accumulate: int = 1  # parts that a batch is computed in, one after the other, to save memory
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    # mixed precision; auto: bf16 where the GPU or the CPU is faster in it, else off
+    epochs: int = 22  # [1 or more] passes over the training images; real data, random weights: 100 to 500
+    batch_size: int = 4  # [1 or more] images per step, over all processes together; real data: 8 to 16
+    accumulate: int = 1  # [1 or more] parts that a batch is computed in, one after another, to save memory
+    amp: Literal["auto", "off", "tf32", "bf16", "fp16"] = "auto"
+    # mixed precision; auto: bf16 where the GPU or the CPU is faster in it, else fp16 (GPU) or off; off: float32
+    # throughout; tf32: float32 with TF32 in convolutions and matrix products (GPU)
     channels_last: bool = True  # memory layout of convolutions; faster nearly everywhere
     compile: bool = False  # torch.compile: a minute at the start, then faster on a GPU; no gain on a CPU
-    clip_grad: float = 0.0  # largest norm of the gradient; 0: no limit
+    clip_grad: float = 0.0  # [0 or more] largest norm of the gradient; 0: no limit
     ema_decay: float = 0.0
-    # average of the weights over steps, used for validation and prediction; 0: off, 0.999 is usual
-    val_every: int = 1  # epochs between two validations; the last epoch always validates
-    early_stop: int = 0  # stop after this many validations without a better score; 0: never
-    monitor: Literal["iou", "dice"] = "iou"  # the mean score that decides what best.pt is
+    # [0 to below 1] moving average of the weights, for validation and prediction; 0: off, 0.999 is usual
+    val_every: int = 1  # [1 or more] epochs between two validations; the last epoch always validates
+    early_stop: int = 0  # [0 or more] stop after this many validations without improvement; 0: never
+    monitor: Literal["iou", "dice"] = "iou"  # the mean score that decides which epoch is saved as best.pt
     num_workers: int | None = None
-    # processes that load pictures; None: 0 where pictures are cached or the CPU trains, else up to 8
+    # [0 or more] processes that load images; None: 0 where images are cached or the CPU trains, else up to 8
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
-    seed: int = 0  # start of every random draw
-    sync_batchnorm: bool = False  # batch norm over all processes' pictures (GPUs): for few of them on each
-    deterministic: bool = False
-    # same numbers on a GPU in every run, at some speed; on a CPU they are so anyway
+    seed: int = 0  # [0 to 9223372036854775807] start of every random draw
+    sync_batchnorm: bool = False  # batch norm over all processes (GPUs): for few images on each
+    deterministic: bool = False  # the same numbers on a GPU in every run, slower; a CPU's always are
     output_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # this run's folder in output_dir; None: model, date and time
-    resume: str | None = None  # a run's folder, or auto (the newest unfinished one), to go on with
-    save_every_minutes: float = 10.0  # minutes between two saves within an epoch; 0: only at an epoch's end
-    check: bool = False  # check the data, say what was found, and stop
+    resume: str | None = None  # continue a run: its folder, or auto (the newest unfinished one)
+    save_every_minutes: float = 10.0  # [0 or more] between two saves within an epoch; 0: only at its end
+    check: bool = False  # check the data, print what was found, and stop
 
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Bring `image_size` to (height, width) and refuse what cannot be, naming field, value and remedy."""
+        """Convert `image_size` to (height, width), expand ~ in paths, and refuse invalid settings."""
         if isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
         if self.num_classes != type(self).num_classes:  # the default names go with the default number
@@ -159,175 +164,216 @@ class Config:
         for name in ("data_root", "cache_dir", "pretrained", "init_from", "output_dir", "resume"):
             if getattr(self, name):
                 object.__setattr__(self, name, expanduser(getattr(self, name)))
-        for problem in self._problems():
+        for problem in (*broken_rules(self), *self._conflicts()):
             raise ValueError(problem)
 
     def refuse_missing(self) -> None:
-        """Refuse a data folder, a run or a file of weights that is not there, before anything slow."""
+        """Refuse a data folder, a run or a file of weights that does not exist, before anything slow."""
         weights, words = (Path.is_file, "file of weights"), {"pretrained": ("none", "imagenet")}
         data = Path.is_dir, "folder of train/ and val/"
         named = {"data_root": data, "init_from": weights, "pretrained": weights}
         if self.resume:  # which has its own settings
             named, words = {"resume": (Path.exists, "run")}, {"resume": ("auto",)}
-        for name, (is_there, what) in named.items():
+        for name, (exists, kind) in named.items():
             path = getattr(self, name)
-            if path and path not in words.get(name, ()) and not is_there(Path(path)):
-                raise FileNotFoundError(f"no {what} at {path}. Give {name} an existing one, or leave it out")
+            if path and path not in words.get(name, ()) and not exists(Path(path)):
+                raise FileNotFoundError(f"no {kind} at {path}. Give {name} an existing one, or leave it out")
 
     def pick(self, *names: str) -> dict[str, Any]:
-        """Some settings by name, to hand on as keyword arguments."""
+        """Return some settings by name."""
         return {name: getattr(self, name) for name in names}
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """One name a class."""
-        return self.class_names or tuple(f"class_{c}" for c in range(self.num_classes))
-
-    @property
-    def backbone_name(self) -> str | None:
-        """The backbone that will be built; None where the model has no choice of one."""
-        return (self.backbone or BACKBONES[self.model][1]) if self.model in BACKBONES else None
-
-    @property
-    def ce_form(self) -> str | None:
-        """The cross-entropy form in use, alone or inside joint; None for pure Dice."""
-        return {"joint": self.joint_ce, "dice": None}.get(self.loss, self.loss)
-
-    @property
-    def weighting(self) -> Literal["auto"] | tuple[float, ...] | None:
-        """Class weights as they apply: weighted_ce without numbers means auto."""
-        return "auto" if self.ce_form == "weighted_ce" and self.class_weights is None else self.class_weights
+    def augmentation_options(self) -> dict[str, Any]:
+        """Keyword arguments of the augmentation."""
+        return self._options("Augmentation")
 
     @property
     def model_options(self) -> dict[str, Any]:
-        """What the chosen network's class takes beyond classes and channels, under its own names."""
-        options: dict[str, Any] = {
-            "unet": self.pick("base_channels", "bilinear"),
-            "deeplabv3plus": {"output_stride": self.output_stride or 16, "separable": self.separable},
-            "pspnet": {"output_stride": self.output_stride or 8, "aux": self.aux_weight > 0},
-            "fcn": {"variant": self.fcn_variant},
-            "segnet": self.pick("base_channels"),
-        }.get(self.model, {})
-        backbone = {"backbone": self.backbone_name} if self.backbone_name else {}
-        dropout = {} if self.dropout is None else self.pick("dropout")
-        return {**backbone, **options, **dropout}
+        """Keyword arguments of the model's class beside classes and channels."""
+        options = self._options("Model", "model")
+        if "aux_weight" in options:  # the network has the head, the loss its weight
+            options["aux"] = options.pop("aux_weight") > 0
+        return options
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """What the chosen loss takes beyond classes and weights."""
-        joint = self.pick("dice_weight", "joint_ce") if self.loss == "joint" else {}
-        focal = self.pick("focal_gamma") if self.ce_form == "focal" else {}
-        return {**joint, **focal}
+        """Keyword arguments of the loss beside the class weights (`weighting`)."""
+        return self._options("Loss", "loss", "class_weights")
+
+    @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """Keyword arguments of the optimizer beside the learning rate."""
+        return self._options("Optimizer", "optimizer", "learning_rate")
+
+    @property
+    def schedule_options(self) -> dict[str, Any]:
+        """Keyword arguments of the schedule beside the warm-up."""
+        return self._options("Scheduler", "scheduler", "warmup_steps")
+
+    def _options(self, section: str, *without: str) -> dict[str, Any]:
+        """Return the settings of a section that apply and are not None, by their names as arguments."""
+        remarks = {name: self.remarks()[name] for name in applying(self) if name not in without}
+        options = {
+            r.keyword: getattr(self, name) for name, r in remarks.items() if r.heading.startswith(section)
+        }
+        return {keyword: value for keyword, value in options.items() if value is not None}
+
+    @property
+    def weighting(self) -> Literal["auto"] | tuple[float, ...] | None:
+        """The class weights in use: weighted_ce without numbers means auto; None where there are none."""
+        form = self.joint_ce if self.loss == "joint" else self.loss
+        default = "auto" if form == "weighted_ce" else None
+        return (self.class_weights or default) if "class_weights" in applying(self) else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per class."""
+        return self.class_names or tuple(f"class_{c}" for c in range(self.num_classes))
 
     @property
     def memory_savers(self) -> str:
         """Settings that would need less memory than these."""
         parts = range(self.accumulate + 1, self.batch_size + 1)
-        finer = [f"accumulate {n}" for n in parts if self.batch_size % n == 0][:1]
+        more_parts = [f"accumulate {n}" for n in parts if self.batch_size % n == 0][:1]
         shorter = ["amp bf16"] * (self.amp == "off")
-        narrower = "backbone" if self.backbone_name else "base_channels"
-        return ", ".join([*finer, *shorter, f"a smaller batch_size, image_size or {narrower}"])
+        narrower = "backbone" if "backbone" in applying(self) else "base_channels"
+        return ", ".join([*more_parts, *shorter, f"a smaller batch_size, image_size or {narrower}"])
 
     @property
     def cache_folder(self) -> Path:
-        """Where decoded pictures and the findings of the data check are kept."""
+        """Folder of decoded images and of the data check's results."""
         return Path(self.cache_dir or Path(self.output_dir) / ".cache")
 
     @property
     def saved(self) -> dict[str, Any]:
-        """The settings as `config.json` and checkpoints hold them, for this run to go on and for others.
+        """The settings as `config.json` and checkpoints hold them, to resume this run or to start others.
 
-        Without what does not apply, which would contradict config.py once its defaults are edited.
+        Without those that do not apply, which would contradict config.py once its defaults are edited.
         """
-        foreign = {name for name, *_ in self._foreign()}
-        values = {name: value for name, value in asdict(self).items() if name not in foreign}
-        return {**values, "resume": None, "run_name": None}  # the folder has the name
+        return self.pick(*applying(self)) | {"resume": None, "run_name": None}  # the folder has the name
 
-    def _problems(self) -> Iterator[str]:
-        """What cannot be, a line each: values alone, then beside each other."""
-        ranges = (  # lowest and highest value, fields
-            (0, 1, "hflip vflip color_jitter dropout dice_weight"),
-            (0, 0.999999, "momentum ema_decay"),
-            (0, inf, "warmup_steps plateau_patience early_stop num_workers save_every_minutes"),
-            (0, inf, "aux_weight focal_gamma weight_decay clip_grad"),
-            (1, inf, "in_channels base_channels epochs batch_size accumulate val_every step_size"),
-            (1e-12, inf, "learning_rate backbone_lr_scale poly_power"),
-            (1e-6, 1, "step_gamma"),
-            (1e-6, 0.999999, "plateau_factor"),
-            (0, 180, "rotate"),
-            (2, 32768, "num_classes"),  # predicted ids are int16 above 256 of them
-            (0, 2**63 - 1, "seed"),
-            (-(2**31), 2**31 - 1, "ignore_index"),
-        )
-        for low, high, names in ranges:
-            for name, value in self.pick(*names.split()).items():
-                if value is not None and not low <= value <= high:
-                    wanted = f"{low} or more" if high == inf else f"{low} to {high}"
-                    yield f"{name} must be {wanted}; got {value}"
-        if min(self.image_size) < 32:
-            yield f"image_size must be 32 pixels or more a side; got {self.image_size}. Give height and width"
+    def _conflicts(self) -> Iterator[str]:
+        """Yield one message per invalid setting that no range shows, and per invalid combination."""
         low, high = self.scale
-        if not 0.1 <= low <= high <= 10:
-            wanted = "a low and a high zoom between 0.1 and 10"
-            yield f"scale must be {wanted}; got {low} {high}. 1 1 turns it off"
+        if low > high:
+            yield f"scale must be the lowest and the highest zoom; got {low} {high}. 1 1 turns it off"
         if self.run_name and Path(self.run_name).name != self.run_name:
-            wanted = "a plain folder name"
-            yield f"run_name must be {wanted}; got {self.run_name!r}. Give the folder in output_dir"
-
-        colors, weights, most = self.class_colors, self.class_weights, self.num_classes
+            fix = "Give the folder in output_dir"
+            yield f"run_name must be a plain folder name; got {self.run_name!r}. {fix}"
         for name, value in self.pick("class_names", "class_colors", "class_weights").items():
-            if value not in (None, "auto") and len(value) != most:
-                wanted = f"one entry for each of the {most} classes (num_classes)"
-                remedy = "Change it or num_classes, or leave it out (None)"
-                yield f"{name} must have {wanted}; got {len(value)}. {remedy}"
+            if value not in (None, "auto") and len(value) != self.num_classes:
+                expected = f"one entry for each of the {self.num_classes} classes (num_classes)"
+                fix = "Change it or num_classes, or leave it out (None)"
+                yield f"{name} must have {expected}; got {len(value)}. {fix}"
         if len(set(self.names)) < len(self.names):
             yield f"class_names must differ from each other; got {', '.join(self.names)}"
-        if colors and not all(0 <= value <= 255 for color in colors for value in color):
-            yield f"class_colors must be red, green, blue of 0 to 255; got {colors}"
-        if isinstance(weights, tuple) and not (min(weights) >= 0 and sum(weights) > 0):
-            yield f"class_weights must not be negative, and not all 0; got {weights}"
-        if 0 <= self.ignore_index < most:
-            remedy = "255 is usual; the first value after the classes is the other habit"
-            yield f"ignore_index must be no class id (0 to {most - 1}); got {self.ignore_index}. {remedy}"
-
-        for name, choice, chosen, owners in self._foreign():
-            got, default = getattr(self, name), getattr(type(self), name)
-            if got != default:
-                yield f"{name} belongs to {owners} ({choice}); got {got} with {chosen}. Leave it at {default}"
-        choices = BACKBONES[self.model][0] if self.model in BACKBONES else ()
-        if choices and self.backbone not in (None, *choices):
-            yield f"backbone of {self.model} must be one of {', '.join(choices)}; got {self.backbone!r}"
-        if self.model == "deeplabv3plus" and self.output_stride == 32:
-            yield "output_stride of deeplabv3plus must be 8 or 16; got 32. Leave it out for the paper's 16"
+        if isinstance(self.class_weights, tuple) and not any(self.class_weights):
+            yield f"class_weights must not be all 0; got {self.class_weights}"
+        if 0 <= self.ignore_index < self.num_classes:
+            unused = 255 if self.num_classes <= 255 else 65535
+            fix = f"Set it to the masks' value for void, or to {unused} if they have none"
+            ids = f"(0 to {self.num_classes - 1})"
+            yield f"ignore_index must not be a class id {ids}; got {self.ignore_index}. {fix}"
         if self.batch_size % self.accumulate:
-            remedy = "It is the number of parts that a batch is computed in"
-            yield f"accumulate must divide batch_size ({self.batch_size}); got {self.accumulate}. {remedy}"
+            fix = "It is the number of parts that a batch is computed in"
+            yield f"accumulate must divide batch_size ({self.batch_size}); got {self.accumulate}. {fix}"
         if self.freeze_backbone and self.pretrained == "none" and not self.init_from:
             yield "freeze_backbone needs weights worth keeping; got none. Give pretrained or init_from"
         if self.resume and self.init_from:
-            yield "resume goes on with a run, init_from starts a new one; got both. Leave one out"
+            yield "resume continues a run, init_from starts a new one; got both. Leave one out"
 
-    def _foreign(self) -> Iterator[tuple[str, str, str, str]]:
-        """Settings that the chosen model, loss, optimizer or schedule lacks: (name, what, chosen, owners)."""
-        chosen = self.pick("model", "loss", "optimizer", "scheduler")
-        chosen["loss or joint_ce"] = self.ce_form or self.loss
-        belongs = (  # fields, the choice that decides whether they apply, its values that have them
-            ("backbone", "model", "deeplabv3plus, pspnet, fcn"),
-            ("pretrained freeze_backbone backbone_lr_scale", "model", "deeplabv3plus, pspnet, fcn, segnet"),
-            ("output_stride", "model", "deeplabv3plus, pspnet"),
-            ("separable", "model", "deeplabv3plus"),
-            ("fcn_variant", "model", "fcn"),
-            ("base_channels", "model", "unet, segnet"),
-            ("bilinear", "model", "unet"),
-            ("aux_weight", "model", "pspnet"),
-            ("joint_ce dice_weight", "loss", "joint"),
-            ("focal_gamma", "loss or joint_ce", "focal"),
-            ("class_weights", "loss or joint_ce", "weighted_ce, focal"),
-            ("momentum", "optimizer", "sgd, rmsprop"),
-            ("step_size step_gamma", "scheduler", "step"),
-            ("poly_power", "scheduler", "poly"),
-            ("plateau_factor plateau_patience", "scheduler", "plateau"),
-        )
-        for names, choice, owners in belongs:
-            if chosen[choice] not in owners.split(", "):
-                yield from ((name, choice, chosen[choice], owners) for name in names.split())
+
+@dataclass(frozen=True)
+class Remark:
+    """What the source says about a setting: rules for the program, words for the user."""
+
+    text: str  # all of it, with the bracket
+    heading: str  # of the section
+    choices: tuple[Any, ...]  # the names that it takes, where it is a choice
+    bounds: str = ""  # such as "0 to 1", "above 0", "1 or more"
+    owners: dict[str, list[str]] | None = (
+        None  # choices that have the setting: the values it takes (none: any)
+    )
+    keyword: str = ""  # its name as an argument
+
+
+@cache
+def read_remarks(cls: type) -> dict[str, Remark]:
+    """Read the comments in the source of a class of settings.
+
+    A remark begins behind its field and goes on in the comments below; one after a blank line is a heading.
+
+    Raises:
+        OSError: there is no source.
+    """
+    remarks, heading, hints = {}, "", get_type_hints(cls)
+    for part in re.split(r"\n    (?=\w+:)", dedent(getsource(cls))):  # the first is above all fields
+        field, *below = re.split(r"\n\s*\n", part)
+        name, text = field.partition(":")[0], " ".join(re.findall(r"  # (.*)", field))
+        if name in hints:
+            choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+            remarks[name] = Remark(text, heading, choices, **read_rules(text, name))
+        heading = [heading, *re.findall(r"  # (.*)", "\n".join(below))][-1]
+    return remarks
+
+
+BOUNDS = re.compile(r"(above )?(-?\d+\.?\d*)(?: or more| to (below )?(-?\d+\.?\d*))?")
+
+
+def read_rules(text: str, name: str) -> dict[str, Any]:
+    """Return bounds, owners and keyword from the bracket in front of a remark, if there is one."""
+    rules, bracket = {"keyword": name, "owners": {}}, re.match(r"\[(.*?)\]", text)
+    for rule in bracket[1].split("; ") if bracket else ():
+        owners, _, values = rule.partition(": ")
+        if BOUNDS.fullmatch(rule):
+            rules["bounds"] = rule
+        elif rule.startswith("as "):
+            rules["keyword"] = rule[3:]
+        else:
+            rules["owners"] |= dict.fromkeys(owners.split(", "), values.split())
+    return rules
+
+
+def applying(config: Any) -> list[str]:
+    """Return the settings that the chosen model, loss, optimizer and schedule have."""
+    names, chosen = [], set()
+    for name, remark in config.remarks().items():
+        if not remark.owners or chosen & {*remark.owners}:
+            names.append(name)
+            chosen |= {getattr(config, name)} if remark.choices else set()
+    return names
+
+
+def broken_rules(config: Any) -> Iterator[str]:
+    """Yield one message per setting that breaks a rule in its bracket."""
+    remarks, used = config.remarks(), applying(config)
+    for name, remark in remarks.items():
+        value, default = getattr(config, name), getattr(type(config), name)
+        got = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        if name not in used and value != default:
+            choosers = [other for other in remarks if {*remark.owners} <= {*remarks[other].choices}]
+            current = {other: getattr(config, other) for other in choosers if other in used}
+            now = ", ".join(f"{other} {choice}" for other, choice in current.items())
+            fix = f"Set {[*current][-1]} to {' or '.join(remark.owners)}, or leave {name} at {default}"
+            owners = f"{' or '.join(choosers)} {', '.join(remark.owners)}"
+            yield f"{name} belongs to {owners}; got {got} with {now}. {fix}"
+        if not is_within(value, remark.bounds):
+            each = "each number of " * isinstance(value, tuple)
+            yield f"{each}{name} must be {remark.bounds}; got {got}"
+        for chooser in (other for other in used if remarks[other].choices):
+            values = remark.owners.get(getattr(config, chooser))
+            if values and value not in (None, *values):
+                owner = getattr(config, chooser)
+                yield f"{name} of {owner} must be one of {', '.join(values)}; got {value!r}"
+
+
+def is_within(value: Any, bounds: str) -> bool:
+    """Whether a number, or each number in a tuple, is within bounds; anything else is."""
+    if isinstance(value, tuple):
+        return all(is_within(item, bounds) for item in value)
+    if not bounds or not isinstance(value, (int, float)):
+        return True
+    above, low, below, high = BOUNDS.fullmatch(bounds).groups()
+    low, high = literal_eval(low), literal_eval(high or "1e999")
+    return (value > low if above else value >= low) and (value < high if below else value <= high)

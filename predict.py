@@ -5,7 +5,7 @@ import sys
 from typing import Literal
 
 from config import Config, settings
-from utils.cli import Fail, coerce, end_with, mendable, parse
+from utils.cli import Fail, coerce, end_with, fixable, parse
 
 
 @settings
@@ -99,7 +99,7 @@ def main(args: Args) -> None:
     Raises:
         Fail: something that the user can fix, before anything is written; code 1 if images were skipped.
     """
-    with mendable():
+    with fixable():
         weights = Path(args.weights) if args.weights else newest_weights(default_runs())
         weights = weights / "best.pt" if weights.is_dir() else weights
         if args.export:

@@ -3,13 +3,13 @@
 import sys
 
 from config import Config
-from utils.cli import Fail, Parsed, end_with, mendable, parse, quoted, resumed_settings
+from utils.cli import Fail, Parsed, end_with, fixable, parse, quoted, resumed_settings
 
 
 def read_flags() -> Parsed:
     """Return the settings; the folders and files that they name must exist."""
     parsed = parse(Config, sys.argv[1:], __doc__)
-    with mendable():
+    with fixable():
         parsed.settings.refuse_missing()
     return parsed
 
@@ -17,6 +17,7 @@ def read_flags() -> Parsed:
 if __name__ == "__main__":  # before torch is imported, so that --help and wrong settings are answered at once
     PARSED = end_with(read_flags)
 
+import inspect
 import math
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -29,12 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from datasets import DataError, DataReport, check_data
+from datasets.augment import Augmentation
+from datasets.fitting import mean_std
 from datasets.folder import SegmentationDataset
 from datasets.sampling import Loader, epoch_batches, make_loader
-from datasets.transforms import Augmentation, mean_std
 from losses import AuxLoss, build_loss, median_frequency_weights
 from metrics import Scores
-from models import build_model, load_pretrained, read_checkpoint
+from models import MODELS, build_model, load_pretrained, read_checkpoint
 from models.checkpoint import FORMAT
 from utils import device as devices
 from utils import distributed, run_folder, visualize
@@ -45,7 +47,7 @@ from utils.errors import explain, non_finite_advice, refuse_non_finite
 from utils.evaluation import Evaluation, Validator, best_and_worst
 from utils.inference import normalize
 from utils.monitor import Monitor, Progress, progress_bar
-from utils.optim import Schedule, build_optimizer
+from utils.optim import Schedule, build_optimizer, depends_on_length
 from utils.run_report import SHOWN, RunReport
 from utils.sync_batchnorm import convert_sync_batchnorm
 from utils.tables import score_columns
@@ -56,13 +58,8 @@ from utils.training_state import (
     training_state,
 )
 
-CAN_CHANGE = (
-    "num_workers",
-    "device",
-    "cache",
-    "cache_dir",
-    "save_every_minutes",
-)  # on resume: no result does
+# Settings that may differ when a run is resumed: they do not change its result.
+CAN_CHANGE = ("num_workers", "device", "cache", "cache_dir", "save_every_minutes", "data_root")
 
 
 class Result(NamedTuple):
@@ -85,7 +82,7 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Result:
     devices.keep_freed_memory()
     processes = distributed.read_processes()
     devices.set_threads(processes)
-    with mendable():
+    with fixable():
         run_folder.try_output(Path(config.output_dir))
         config, folder, saved = resolve_resume(config, given or {})
         device = devices.pick_device(config.device, processes)
@@ -97,13 +94,13 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Result:
         return Result(None, None)
     try:
         distributed.join(processes, device)
-        with mendable():
+        with fixable():
             if processes.is_main and folder is None:
                 folder = run_folder.create_run(Path(config.output_dir), config.run_name, config.model)
             folder = distributed.value_of_main(folder)
             lock = run_folder.lock(folder) if processes.is_main else nullcontext()
         with lock:
-            with mendable():
+            with fixable():
                 run = build_run(config, report, device, precision, model, processes, folder, saved)
             with run.monitor.stop, closing(run.data.loader):
                 start(run)
@@ -130,7 +127,8 @@ def resolve_resume(config: Config, given: dict[str, Any]) -> tuple[Config, Path 
         saved = read_checkpoint(folder / "last.pt")
         print(f"resuming {folder}")
         own = saved["config"] | {"run_name": folder.name}
-        return resumed_settings(config, own, given, CAN_CHANGE), folder, saved
+        longer = () if depends_on_length(own["scheduler"]) else ("epochs",)
+        return resumed_settings(config, own, given, CAN_CHANGE + longer), folder, saved
     if config.run_name and not config.check and (output_dir / config.run_name).exists():
         raise run_folder.folder_exists(output_dir / config.run_name)  # before the data is checked
     return config, None, None
@@ -198,9 +196,10 @@ def build_run(
     data = build_data(config, report, device, processes)
     model = place_model(model, config, device, processes)
     parallel = distributed.wrap(model, processes, device)
-    groups = config.pick("weight_decay", "momentum", "backbone_lr_scale")
-    optimizer = build_optimizer(model, config.optimizer, config.learning_rate, **groups)
-    schedule = build_schedule(config, optimizer, len(data.train), processes)
+    optimizer = build_optimizer(model, config.optimizer, config.learning_rate, **config.optimizer_options)
+    steps = len(epoch_batches(len(data.train), config.batch_size, config.seed, 0, processes.world_size))
+    length = {"steps_per_epoch": steps} | config.pick("epochs", "warmup_steps")
+    schedule = Schedule(optimizer, config.scheduler, **length, **config.schedule_options)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     ema = Ema(model, config.ema_decay) if config.ema_decay else None
     progress = Progress()
@@ -237,7 +236,7 @@ def build_data(config: Config, report: DataReport, device: torch.device, process
     """Build the data sets with their caches filled, and the loader of training batches."""
     options = config.pick("image_size", "resize", "in_channels", "ignore_index", "seed")
     options["encoding"] = report.encoding
-    augmentation = Augmentation(**config.pick("hflip", "vflip", "scale", "rotate", "color_jitter"))
+    augmentation = Augmentation(**config.augmentation_options)
     train_set = SegmentationDataset(report.train, augmentation=augmentation, **options)
     val_set = SegmentationDataset(report.val, evaluation=True, **options)
     for split, dataset in (("training", train_set), ("validation", val_set)):
@@ -250,6 +249,15 @@ def build_data(config: Config, report: DataReport, device: torch.device, process
     colors = config.class_colors or visualize.default_palette(config.num_classes)
     classes = visualize.Classes(config.names, [list(color) for color in colors], config.ignore_index)
     return Data(report, train_set, val_set, loader, mean, std, classes)
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """Return what `build_model` takes, with the defaults of the model's class, as checkpoints hold it."""
+    signature = inspect.signature(MODELS[config.model])
+    arguments = signature.bind(config.num_classes, config.in_channels, **config.model_options)
+    arguments.apply_defaults()
+    options = dict([*arguments.arguments.items()][2:])  # after num_classes and in_channels
+    return {"name": config.model, **config.pick("num_classes", "in_channels"), "options": options}
 
 
 def build_network(config: Config, fresh: bool) -> nn.Module:
@@ -302,23 +310,6 @@ def build_validator(
     return Validator(data.val, loss_fn, **options, device=device, precision=precision, processes=processes)
 
 
-def build_schedule(
-    config: Config, optimizer: torch.optim.Optimizer, num_images: int, processes: Processes
-) -> Schedule:
-    """Build the learning-rate schedule over all steps of the run."""
-    steps = len(epoch_batches(num_images, config.batch_size, config.seed, 0, processes.world_size))
-    options = config.pick("step_size", "step_gamma", "poly_power", "plateau_factor", "plateau_patience")
-    warmup = min(config.warmup_steps, steps * config.epochs // 2)
-    return Schedule(
-        optimizer,
-        config.scheduler,
-        steps_per_epoch=steps,
-        epochs=config.epochs,
-        warmup_steps=warmup,
-        **options,
-    )
-
-
 def start(run: Run) -> None:
     """Write the settings, draw one augmented batch, and print a summary of the run."""
     config, train_set = run.config, run.data.train
@@ -344,7 +335,7 @@ def summary(run: Run) -> dict[str, Any]:
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     model, loss = (
         ", ".join(f"{name} {value}" for name, value in options.items())
-        for options in (config.model_options, config.loss_options)
+        for options in (architecture(config)["options"], config.loss_options)
     )
     steps = f"{config.epochs} epochs of {schedule.steps_per_epoch} steps, {schedule.warmup_steps} of warm-up"
     device = f"{devices.describe_device(run.device)}, {str(run.precision).removeprefix('torch.')}"
@@ -470,7 +461,7 @@ def averaged_weights(run: Run) -> dict[str, Tensor]:
 def refuse_non_finite_loss(run: Run, step: int, batches: Sequence[Sequence[int]]) -> None:
     """Raise Fail for a step of this epoch whose loss is not finite; `last.pt` stays as it is."""
     images = [str(run.data.train.pairs[index].image) for index in batches[step]]
-    lr = run.schedule.rate(run.progress.epoch * run.schedule.steps_per_epoch + step)
+    lr = run.schedule.lr_at(run.progress.epoch * run.schedule.steps_per_epoch + step)
     where = f"in epoch {run.progress.epoch + 1}, step {step + 1}"
     conditions = f"(learning rate {lr:.3g}, {run.precision}), images {', '.join(images)}"
     raise Fail(f"the loss is not finite {where} {conditions}. {non_finite_advice(run.folder)}", 1)
@@ -504,7 +495,7 @@ def end_epoch(run: Run, evaluation: Evaluation | None) -> None:
     row = {
         "epoch": progress.epoch + 1,
         "steps": schedule.position,
-        "learning_rate": schedule.rate(schedule.position - 1),
+        "learning_rate": schedule.lr_at(schedule.position - 1),
         **{f"train_{name}": value / len(run.data.train) for name, value in progress.sums.items()},
         "images_per_second": monitor.images_per_second,
     }
@@ -574,9 +565,7 @@ def save(run: Run, kind: str, state: dict[str, Any]) -> None:
         "epoch": run.progress.epoch,
         "versions": run_folder.versions(),
     }
-    architecture = {"name": config.model, "options": config.model_options}
-    architecture |= config.pick("num_classes", "in_channels")
-    content = {"format": FORMAT, "kind": kind, "architecture": architecture, "info": info, **state}
+    content = {"format": FORMAT, "kind": kind, "architecture": architecture(config), "info": info, **state}
     if run.processes.is_main:
         with run.monitor.clock.measure("saving"):
             save_atomic(content, run.folder / f"{kind}.pt")

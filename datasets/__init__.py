@@ -1,17 +1,19 @@
 """From a user's folder to training batches.
 
 A picture's way, each stop usable alone: reading (file to array) → labels (mask values to class ids) →
-preflight (every file checked and counted once) → transforms (fitting, random moves) → warp (doing them) →
-cache (decoded, resized samples) → folder (the data set) → sampling (order, shards, batches). What is named
-here needs numpy and Pillow only; what makes tensors is imported from `datasets.folder` and
-`datasets.sampling`.
+preflight (every file checked and counted once) → fitting (to the network's input) → augment (random
+transforms) → warp (applying them) → cache (decoded, resized samples) → folder (the data set) → sampling
+(order, shards, batches). Only what makes tensors needs torch, which is imported when it is used.
 """
 
+from typing import Any
+
+from .augment import Augmentation
+from .fitting import Box, fit, mean_std
 from .labels import Encoding, parse_labels
 from .pairing import Pair, pair_truth
 from .preflight import DataReport, check_data
 from .reading import DataError, find_images, read_image, read_mask
-from .transforms import Augmentation, Box, fit, mean_std
 
 __all__ = [
     "Augmentation",
@@ -20,6 +22,7 @@ __all__ = [
     "DataReport",
     "Encoding",
     "Pair",
+    "SegmentationDataset",
     "check_data",
     "find_images",
     "fit",
@@ -29,3 +32,11 @@ __all__ = [
     "read_image",
     "read_mask",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "SegmentationDataset":
+        from .folder import SegmentationDataset
+
+        return SegmentationDataset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

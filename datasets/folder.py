@@ -14,41 +14,45 @@ import PIL
 import torch
 from torch.utils.data import get_worker_info
 
+from .augment import Augmentation, generator_for
 from .cache import SampleCache, open_cache
+from .fitting import Box, fit_mask, place
 from .labels import Encoding
 from .pairing import Pair
 from .reading import DataError, load_fitted, read_mask
-from .transforms import Augmentation, Box, fit_mask, generator_for, place
-from .warp import apply_move
+from .warp import apply_transform
 
 VERSION = 2  # of cached samples; raise it when reading or fitting gives other bytes
-# Pixels; up to here a cached sample (half of it, if turned) is operations of microseconds, between which two
-# threads wait for each other (for Python's lock): one is faster.
+# Pixels up to which a cached sample (half of it for slow augmentations) is operations of microseconds, in
+# which two threads wait for each other (for Python's lock): one is faster.
 SHORT_WORK = 100_000
-NO_MOVES = Augmentation(hflip=0)
+NO_AUGMENTATION = Augmentation(hflip=0)
 
 
 @dataclass(eq=False, repr=False)
 class SegmentationDataset:
-    """Pictures with masks.
+    """Images with masks.
 
-    `dataset[(epoch, index)]` is a training sample: image uint8 (C, h, w), mask (h, w), uint8 when all ids and
-    ignore_index fit, else int64. Nothing is remembered between calls, so any process may make any sample, and
-    samples with and without a cache are equal to the bit.
+    `dataset[index]` is a training sample: image uint8 (C, h, w), mask (h, w), uint8 if all ids and
+    ignore_index fit, else int64. Its augmentation is a function of seed, epoch and index: set `dataset.epoch`
+    before each epoch of a `torch.utils.data.DataLoader`, or name it, `dataset[(epoch, index)]`. Nothing is
+    remembered between calls, so any process may make any sample, and samples with and without a cache are
+    bit-equal.
     """
 
     pairs: list[Pair]
     _: KW_ONLY
     encoding: Encoding
     image_size: tuple[int, int]  # (height, width) of training samples
-    resize: str = "stretch"  # or letterbox, crop; see `transforms.place`
+    resize: str = "stretch"  # or letterbox, crop; see `fitting.place`
     in_channels: int = 3
     ignore_index: int = 255  # the id of what lies outside a picture
-    augmentation: Augmentation = NO_MOVES  # resize crop draws its window all the same
-    seed: int = 0  # of the moves
+    augmentation: Augmentation = NO_AUGMENTATION  # resize crop draws its window all the same
+    seed: int = 0  # of the augmentation
     evaluation: bool = False  # made for `evaluation_item` alone, not for `batch`: masks keep their own size
     threads: int | None = None  # that make a batch; None: as many as torch uses; a loader's workers use one
     cache: SampleCache | None = field(default=None, init=False)
+    epoch: int = field(default=0, init=False)  # of a sample whose key is an index alone
 
     def __post_init__(self):
         ids = np.min_scalar_type(self.encoding.num_classes - 1), np.min_scalar_type(self.ignore_index)
@@ -64,17 +68,16 @@ class SegmentationDataset:
 
     @property
     def resamples(self) -> bool:
-        """Whether a cached sample is more work than a copy: it is zoomed, rotated, or changes its colors."""
-        moves = self.augmentation
-        return moves.scale != (1.0, 1.0) or bool(moves.rotate or moves.color_jitter)
+        """Whether making a cached sample is more work than a copy and a flip."""
+        return self.augmentation.resamples
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        images, masks = self.batch([key])
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        images, masks = self.batch([key if isinstance(key, tuple) else (self.epoch, range(len(self))[key])])
         return images[0], masks[0]
 
     def batch(self, keys: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Training samples of (epoch, index) keys: images (N, C, h, w) uint8, masks (N, h, w)."""
-        assert not self.evaluation
+        assert not self.evaluation, "a data set with evaluation=True gives samples by evaluation_item(index)"
         size = self.image_size
         images = np.empty((len(keys), self.in_channels, *size), np.uint8)
         masks = np.empty((len(keys), *size), self.encoding.dtype)
@@ -82,15 +85,13 @@ class SegmentationDataset:
         def make(position: int) -> None:
             epoch, index = keys[position]
             image, mask = self._source(index)
-            move = self.augmentation.draw(generator_for(self.seed, epoch, index), mask.shape, size)
-            apply_move(image, mask, move, images[position], masks[position], self.ignore_index)
+            transform = self.augmentation.draw(generator_for(self.seed, epoch, index), mask.shape, size)
+            apply_transform(image, mask, transform, images[position], masks[position], self.ignore_index)
 
-        short = math.prod(size) * (2 if self.augmentation.rotate else 1) <= SHORT_WORK
+        short = math.prod(size) * (2 if self.augmentation.slow else 1) <= SHORT_WORK
         short = short and self.cache is not None and all(index in self.cache for _, index in keys)
         deque(self._map(make, range(len(keys)), 1 if short else self.threads), maxlen=0)
         return torch.from_numpy(images), torch.from_numpy(masks)
-
-    __getitems__ = batch  # what a DataLoader calls
 
     def evaluation_item(self, index: int) -> tuple[torch.Tensor, Box, torch.Tensor]:
         """A whole picture for scoring.

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from . import reading
+from .fitting import Box, fit, place, resize_image
 from .reading import load_fitted, read_image, read_mask
-from .transforms import Box, fit, place, resize_image
 
 STEP = 64  # rows that are converted at a time
 STRIP = 2**22  # pixels of a strip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .transforms import generator_for
+from .augment import generator_for
 
 Batch = tuple[Tensor, Tensor]  # images, masks
 
@@ -86,7 +86,7 @@ class Loader:
     for any number of workers and from any step on.
 
     Args:
-        dataset: answers `batch(keys)` and `__getitems__(keys)`.
+        dataset: answers `batch(keys)`, and `[key]` in workers.
         num_workers: processes; 0 makes the batches in this process.
         pin_memory: for a GPU: put batches where it can copy from without waiting, and make the next ones
             during the current step. (On a CPU that would only take the step's cores.)
@@ -127,7 +127,6 @@ class Loader:
                 self.dataset,
                 batch_sampler=self._keys,
                 num_workers=self.num_workers,
-                collate_fn=tuple,  # `__getitems__` returns a batch already
                 pin_memory=self.pin_memory,
                 persistent_workers=True,
                 prefetch_factor=AHEAD,

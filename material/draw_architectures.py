@@ -341,7 +341,7 @@ def vgg_stages(net):
 
 def draw_fcn():
     """Draw FCN-8s: VGG from left to right above, the sums of scores from right to left below."""
-    net = Traced("fcn")
+    net = Traced("fcn", backbone="vgg16")
     title = f"Long et al., 2015 · {net.backbone} · {net.parameters} · a slab for each convolution"
     page = Sheet(600, "FCN-8s", title, 2.05)
     y, below = 190, 450

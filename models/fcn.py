@@ -69,7 +69,7 @@ class FCN(nn.Module):
         num_classes: int,
         in_channels: int = 3,
         *,
-        backbone: str = "vgg16",
+        backbone: str = "vgg16_bn",
         variant: str = "8s",
         dropout: float = 0.5,
     ) -> None:

@@ -1,4 +1,4 @@
-"""What one sees while a run goes on: on a terminal, and in a log file."""
+"""What a run prints, on a terminal and to a log file."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from utils.monitor import Clock, format_time
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_log_file_has_the_table_the_epochs_and_the_scores_and_no_control_codes(settings, capfd):
+def test_a_log_file_shows_the_table_the_epochs_and_the_scores_without_control_codes(settings, capfd):
     config = settings(run_name="mine", epochs=3, val_every=2, class_names=("ground", "square"))
     folder = train.main(config).folder
     out, err = capfd.readouterr()
@@ -42,7 +42,7 @@ def test_a_log_file_has_the_table_the_epochs_and_the_scores_and_no_control_codes
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_terminal_shows_bars_with_loss_rate_and_the_time_to_come(settings, monkeypatch):
+def test_a_terminal_shows_bars_with_the_loss_the_speed_and_the_time_left(settings, monkeypatch):
     fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
     original = train.train_step
 
@@ -65,7 +65,7 @@ def test_a_terminal_shows_bars_with_loss_rate_and_the_time_to_come(settings, mon
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_waiting_for_data_brings_advice_at_once_and_at_the_end(settings, monkeypatch, capsys):
+def test_waiting_for_data_prints_advice_early_and_at_the_end(settings, monkeypatch, capsys):
     original = Clock.add
 
     def add(clock, what, start):
@@ -78,12 +78,12 @@ def test_waiting_for_data_brings_advice_at_once_and_at_the_end(settings, monkeyp
     assert all("num_workers" in line for line in advised)
 
 
-def test_the_pictures_shown_are_spread_over_the_split():
+def test_the_images_shown_are_spread_over_the_split():
     assert visualize.spread(101, 4) == [0, 25, 50, 75]
     assert visualize.spread(3, 4) == [0, 1, 2]
 
 
-def test_advice_comes_above_a_tenth_of_the_time():
+def test_advice_is_printed_above_a_tenth_of_the_time():
     clock = Clock()
     clock.seconds |= {"data": 1.0, "step": 9.0}
     assert clock.describe() == "data 10 %, step 90 %, validation 0 %, saving 0 %"
@@ -91,7 +91,7 @@ def test_advice_comes_above_a_tenth_of_the_time():
     assert ". Waiting for data takes 12 % of the time: try cache" in clock.describe()
 
 
-def test_the_pace_is_that_of_the_steps_after_the_first(monkeypatch):
+def test_the_speed_is_that_of_the_steps_after_the_first(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
     clock = Clock()
@@ -101,7 +101,7 @@ def test_the_pace_is_that_of_the_steps_after_the_first(monkeypatch):
 
 
 @pytest.mark.parametrize("done", [True, False])
-def test_a_wait_for_data_that_a_busy_gpu_does_not_notice_is_not_counted_as_one(monkeypatch, done):
+def test_waiting_for_data_while_the_gpu_is_busy_is_not_counted(monkeypatch, done):
     stream = type("Stream", (), {"query": lambda _: done})
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream())
     assert device.is_busy(torch.device("cuda")) == (not done)
@@ -121,5 +121,5 @@ def test_a_wait_for_data_that_a_busy_gpu_does_not_notice_is_not_counted_as_one(m
         (180_000, "2.1 days"),
     ],
 )
-def test_a_length_of_time_is_said_in_its_unit(seconds, words):
+def test_a_duration_is_printed_in_its_unit(seconds, words):
     assert format_time(seconds) == words

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datasets
 from datasets import (
     Augmentation,
     DataError,
@@ -333,13 +334,23 @@ def test_workers_that_are_spawned_make_the_same_batches(tmp_path):
     dataset = make_dataset(tmp_path)
     dataset.use_cache("ram", None)
     keys = [(0, 1), (0, 2)]
-    how = {"num_workers": 1, "collate_fn": _same, "multiprocessing_context": "spawn"}
+    how = {"num_workers": 1, "multiprocessing_context": "spawn"}
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=[keys], **how)
     assert equal(next(iter(loader)), dataset.batch(keys))
 
 
-def _same(batch):
-    return batch
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_plain_data_loader_takes_the_data_set_by_index(tmp_path, workers):
+    assert datasets.SegmentationDataset is SegmentationDataset and "SegmentationDataset" in datasets.__all__
+    dataset = make_dataset(tmp_path)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=workers)
+    for dataset.epoch in (0, 3):
+        whole, rest = loader
+        assert equal(whole, dataset.batch([(dataset.epoch, index) for index in range(4)]))
+        assert equal(rest, dataset.batch([(dataset.epoch, index) for index in (4, 5)]))
+        assert whole[0].shape == (4, 3, *dataset.image_size) and whole[0].dtype == torch.uint8
+        assert whole[1].shape == (4, *dataset.image_size)
+    assert equal(dataset[-1], dataset[(3, 5)]) and len([*dataset]) == 6
 
 
 def test_names_that_count_alike_have_one_order_whatever_the_folder_says(tmp_path):

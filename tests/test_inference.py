@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from datasets.transforms import Box
+from datasets.fitting import Box
 from models import build_model, prepare_for_inference
 from utils.inference import CACHE_BYTES, Predictor, normalize, restore, restored_strips, sliding_blocks
 

@@ -198,7 +198,7 @@ def test_resume_auto_takes_the_newest_unfinished_run(settings, monkeypatch, caps
     newer = shutil.copytree(finished[1], Path(settings().output_dir) / "finished")
     (newer / "last.pt").touch()
     assert train.main(settings(resume="auto", batch_size=3)).folder.name == "unfinished"
-    assert "batch_size stays 2" in capsys.readouterr().out
+    assert "that differ from config.py: batch_size 2\n" in capsys.readouterr().out
     with pytest.raises(Fail, match="has no unfinished run"):
         train.main(settings(resume="auto"))
 

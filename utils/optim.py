@@ -1,13 +1,15 @@
-"""Optimizers with their parameter groups, and learning-rate schedules that are functions of the step.
+"""Optimizers with their parameter groups, and learning-rate schedules in closed form.
 
-The rate of step `k` is a closed form of `k` (for plateau also of the scores seen so far), never of the
-rate of step `k - 1`. A run that is broken off and resumed therefore continues with the very same digits,
-and what a schedule will do can be drawn before it does it.
+The learning rate of step `k` is a function of `k` and of the scores so far, never of that of step `k - 1`: an
+interrupted run that is resumed continues with the same digits, and a schedule can be drawn in advance.
+
+Each optimizer and each schedule is a function with its own keyword options, and a line in a dict.
 """
 
-from collections.abc import Iterable
-from copy import copy
-from dataclasses import KW_ONLY, dataclass
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,10 @@ from utils.cli import near
 
 
 class Adam(torch.optim.Adam):
-    """Torch's Adam, which is handed the weights in the order in which memory has them.
+    """Torch's Adam, given CPU weights in the order in which memory stores them.
 
-    Its fused form on CPUs copies each gradient to the order of its dimensions, which is another in
-    channels_last, and does not use the copy: a twentieth of FCN's step.
+    Its fused form on CPUs copies each channels_last gradient to the order of its dimensions, and does not use
+    the copy: 5 % of FCN's step.
     """
 
     def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
@@ -30,50 +32,66 @@ class Adam(torch.optim.Adam):
 
 
 def _as_stored(x: Tensor) -> Tensor:
-    """A view of a CPU's channels_last tensor (N, C, H, W) as (N, H, W, C); any other as it is."""
+    """View a CPU's channels_last tensor (N, C, H, W) as (N, H, W, C); return any other unchanged."""
     stored = x.is_cpu and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return x.permute(0, 2, 3, 1) if stored else x
 
 
-OPTIMIZERS = {  # from groups, momentum and the choice of the fused form, which torch's RMSprop lacks
-    "adam": lambda groups, momentum, fused: Adam(groups, fused=fused),
-    "sgd": lambda groups, momentum, fused: torch.optim.SGD(
-        groups, momentum=momentum, nesterov=momentum > 0, fused=fused
-    ),
-    "rmsprop": lambda groups, momentum, fused: torch.optim.RMSprop(groups, momentum=momentum),
+def adam(groups: list[dict], *, fused: bool | None) -> Adam:
+    """Adam with betas 0.9 and 0.999; weight decay is the L2 term of the paper."""
+    return Adam(groups, fused=fused)
+
+
+def adamw(groups: list[dict], *, fused: bool | None) -> Adam:
+    """Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
+    return Adam(groups, fused=fused, decoupled_weight_decay=True)
+
+
+def sgd(groups: list[dict], *, fused: bool | None, momentum: float = 0.9) -> torch.optim.SGD:
+    """SGD with Nesterov momentum, in torch's form: the velocity does not contain the learning rate."""
+    return torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0, fused=fused)
+
+
+def rmsprop(groups: list[dict], *, momentum: float = 0.9) -> torch.optim.RMSprop:
+    """RMSprop with alpha 0.99 and momentum."""
+    return torch.optim.RMSprop(groups, momentum=momentum)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": adam,
+    "adamw": adamw,
+    "sgd": sgd,
+    "rmsprop": rmsprop,
 }
 
 
 def build_optimizer(
     model: nn.Module,
     name: str,
-    lr: float,
+    learning_rate: float,
     *,
-    weight_decay: float = 0.0,
-    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
     backbone_lr_scale: float = 1.0,
+    **options: Any,
 ) -> torch.optim.Optimizer:
     """Build an optimizer over the trainable parameters of `model`.
 
     Its groups, where they have parameters, are called `head`, `head.no_decay`, `backbone` and
-    `backbone.no_decay` under `name`, and keep the parameters' names under `param_names`.
+    `backbone.no_decay` under `name`, and list the parameters' names under `param_names`.
 
     Args:
-        model: on its device already; on a CPU or CUDA device adam and sgd take their fused form.
-        name: `adam` (betas 0.9 and 0.999; weight decay is the L2 term of the paper, not AdamW's), `sgd`
-            (Nesterov, in torch's form: the velocity does not contain the learning rate), `rmsprop` (alpha
-            0.99).
-        lr: learning rate of everything but the backbone.
-        weight_decay: on weights of two or more dimensions. Vectors (scale and shift of a norm, every bias)
-            have none: pulling them to zero makes no function simpler (He et al., Bag of Tricks, 2019,
-            section 3.1).
-        momentum: of sgd and rmsprop; Adam has its first beta instead.
-        backbone_lr_scale: factor on the learning rate of the parameters below a module named `backbone`.
+        model: on its device already; optimizers that have a fused form use it on CPU and CUDA devices.
+        name: a key of `OPTIMIZERS`.
+        learning_rate: of everything but the backbone.
+        weight_decay: for weights of two or more dimensions. Vectors (scale and shift of a norm, every bias)
+            have none (He et al., Bag of Tricks, 2019, section 3.1).
+        backbone_lr_scale: factor on the learning rate of the parameters in a module named `backbone`.
+        **options: keyword arguments of the optimizer, e.g. `momentum`.
 
     Raises:
-        ValueError: unknown name, or nothing to train, in the backbone or at all.
+        ValueError: unknown name or option; no trainable parameter, in the backbone or at all.
     """
-    _one_of("optimizer", name, OPTIMIZERS)
+    check_options("optimizer", name, OPTIMIZERS, options)
     members = {"head": [], "head.no_decay": [], "backbone": [], "backbone.no_decay": []}
     for path, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -88,123 +106,165 @@ def build_optimizer(
         )
     groups = []
     for group, parameters in members.items():
-        rate = lr * backbone_lr_scale if group.startswith("backbone") else lr
+        lr = learning_rate * backbone_lr_scale if group.startswith("backbone") else learning_rate
         decay = 0.0 if group.endswith("no_decay") else weight_decay
         if parameters:
-            groups.append({"params": parameters, "name": group, "lr": rate, "weight_decay": decay})
-    fused = all(p.device.type in ("cpu", "cuda") for p in model.parameters())
-    return OPTIMIZERS[name](groups, momentum, fused or None)
+            groups.append({"params": parameters, "name": group, "lr": lr, "weight_decay": decay})
+    if "fused" in inspect.signature(OPTIMIZERS[name]).parameters:
+        options["fused"] = all(p.device.type in ("cpu", "cuda") for p in model.parameters()) or None
+    return OPTIMIZERS[name](groups, **options)
 
 
-def _poly(schedule: "Schedule", step: int) -> float:
-    """DeepLab's "poly" (Chen, 2016) over the steps after the warm-up; the last has a rate above 0."""
-    length = schedule.total_steps - schedule.warmup_steps
-    return max(0.0, 1 - (step - schedule.warmup_steps) / length) ** schedule.poly_power
+def step(epoch: int, *, step_size: int = 30, step_gamma: float = 0.1) -> float:
+    """Multiply by `step_gamma` every `step_size` epochs, as torch's StepLR."""
+    return step_gamma ** (epoch // step_size)
 
 
-SCHEDULES = {  # name: the factor on the base rate at a step, 0-based, past the warm-up
-    "step": lambda s, step: s.step_gamma ** (step // s.steps_per_epoch // s.step_size),  # as torch's StepLR
-    "poly": _poly,
-    "plateau": lambda s, step: s.plateau_factor**s.cuts,
-    "none": lambda s, step: 1.0,
+def poly(progress: float, *, poly_power: float = 0.9) -> float:
+    """DeepLab's polynomial decay (Chen et al., 2016)."""
+    return (1 - progress) ** poly_power
+
+
+def cosine(progress: float) -> float:
+    """Half a cosine from 1 to 0 (Loshchilov and Hutter, SGDR, 2017), without restarts."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def plateau(scores: list[float], *, plateau_factor: float = 0.5, plateau_patience: int = 5) -> float:
+    """Multiply by `plateau_factor` after more than `plateau_patience` validations without improvement.
+
+    As torch's ReduceLROnPlateau(mode="max"): an improvement exceeds the best score by more than 1e-4 of it.
+    """
+    best, waited, reductions = -math.inf, 0, 0
+    for score in scores:
+        waited += 1
+        if score > best * (1 + 1e-4):
+            best, waited = score, 0
+        if waited > plateau_patience:
+            reductions, waited = reductions + 1, 0
+    return plateau_factor**reductions
+
+
+def constant() -> float:
+    """Leave the learning rate as it is."""
+    return 1.0
+
+
+# Functions of `epoch` (0-based), `progress` (0 to 1 over the steps after the warm-up) or `scores` (of the
+# validations so far) that return the factor on the base learning rate.
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "step": step,
+    "poly": poly,
+    "cosine": cosine,
+    "plateau": plateau,
+    "none": constant,
 }
 
 
-@dataclass
+def depends_on_length(name: str) -> bool:
+    """Whether a schedule's learning rates depend on the number of epochs, which then must not change."""
+    return "progress" in inspect.signature(SCHEDULES[name]).parameters
+
+
 class Schedule:
     """The learning rate of each step of a run, set in the optimizer's groups.
 
-    In the first W = `warmup_steps` steps, k < W, the rate is base * (k + 1) / (W + 1); then base * factor.
-    Call `step()` after each optimizer step and `epoch_end(score)` after each epoch. To resume, load the
-    optimizer's state and this one's.
+    In the first W = `warmup_steps` steps, k < W, it is base * (k + 1) / (W + 1); then base * factor. Call
+    `step()` after each optimizer step and `epoch_end(score)` after each epoch. To resume, load the states of
+    the optimizer and of the schedule.
+
+    Args:
+        optimizer: its groups' present learning rates are the base ones.
+        name: a key of `SCHEDULES`.
+        steps_per_epoch: optimizer steps, not batches, where gradients are accumulated.
+        epochs: length of the run.
+        warmup_steps: length of the linear warm-up, at most half the run.
+        **options: keyword arguments of the schedule, e.g. `step_size`.
 
     Attributes:
-        position: the number of steps taken; each group's `lr` is the one of the step to come.
+        position: number of steps taken; each group's `lr` is that of the next step.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name or option.
 
     Example:
-        >>> optimizer = build_optimizer(nn.Linear(2, 1), "sgd", lr=1.0)
+        >>> optimizer = build_optimizer(nn.Linear(2, 1), "sgd", 1.0)
         >>> Schedule(optimizer, "step", steps_per_epoch=1, epochs=4, step_size=2).plan()
         [1.0, 1.0, 0.1, 0.1]
     """
 
-    optimizer: torch.optim.Optimizer  # its groups' present rates are the base rates
-    name: str  # a key of SCHEDULES, which uses the options that begin with it
-    _: KW_ONLY
-    steps_per_epoch: int  # optimizer steps, not batches, where gradients are accumulated
-    epochs: int  # length of the run
-    warmup_steps: int = 0  # steps of linear warm-up in front of any schedule, fewer than the run has
-    step_size: int = 30  # epochs between two cuts
-    step_gamma: float = 0.1  # factor of each cut
-    poly_power: float = 0.9
-    plateau_factor: float = 0.1  # of each cut
-    plateau_patience: int = 10  # validations without a rise that are borne
-
-    def __post_init__(self) -> None:
-        _one_of("scheduler", self.name, SCHEDULES)
-        self.total_steps = self.steps_per_epoch * self.epochs
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.load_state_dict({"position": 0, "best": float("-inf"), "waited": 0, "cuts": 0})
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        name: str,
+        *,
+        steps_per_epoch: int,
+        epochs: int,
+        warmup_steps: int = 0,
+        **options: Any,
+    ) -> None:
+        check_options("scheduler", name, SCHEDULES, options)
+        self.optimizer, self.steps_per_epoch, self.options = optimizer, steps_per_epoch, options
+        self.function = SCHEDULES[name]
+        self.inputs = {"epoch", "progress", "scores"} & {*inspect.signature(self.function).parameters}
+        self.total_steps = steps_per_epoch * epochs
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
+        warmup_steps = min(warmup_steps, self.total_steps // 2)
+        self.load_state_dict({"position": 0, "scores": [], "warmup_steps": warmup_steps})
 
     def step(self) -> None:
-        """Count one optimizer step, and set the rates of the next."""
+        """Count one optimizer step, and set the learning rates of the next."""
         self.position += 1
-        self._set_rates()
+        self._set_lrs()
 
     def epoch_end(self, score: float | None) -> None:
-        """Take note of the monitored score, higher is better; None where the epoch had no validation.
+        """Record the monitored score, higher is better; None after an epoch without validation."""
+        if score is not None:
+            self.scores.append(float(score))
+            self._set_lrs()
 
-        When over `plateau_patience` validations in a row bring no rise, `plateau` cuts. As torch's
-        ReduceLROnPlateau(mode="max") by default: a rise is one by more than 1e-4 of the best score so far,
-        and NaN is none.
-        """
-        if score is None:
-            return
-        if score > self.best * (1 + 1e-4):
-            self.best, self.waited = float(score), 0
-        else:
-            self.waited += 1
-        if self.waited > self.plateau_patience:
-            self.cuts, self.waited = self.cuts + 1, 0
-        self._set_rates()
-
-    def rate(self, step: int) -> float:
-        """Return the first group's rate at a step, by the cuts so far."""
-        return self.base_lrs[0] * self._factor(step)
+    def lr_at(self, step: int) -> float:
+        """Return the first group's learning rate at a step, given the scores so far."""
+        return self.base_lrs[0] * self._factor(step, self.scores)
 
     def plan(self) -> list[float]:
-        """Return the first group's rate at each step of the run, without a cut of `plateau`."""
-        uncut = copy(self)
-        uncut.cuts = 0
-        return [uncut.rate(step) for step in range(self.total_steps)]
+        """Return the first group's learning rate at each step of the run, without reductions by `plateau`."""
+        return [self.base_lrs[0] * self._factor(step, []) for step in range(self.total_steps)]
 
     def curve(self, points: int = 500) -> list[tuple[float, float]]:
         """Return about `points` of the plan as (epoch, learning rate), from the last step backwards."""
         plan = [(step / self.steps_per_epoch, lr) for step, lr in enumerate(self.plan(), start=1)]
         return plan[:: -max(1, len(plan) // points)]
 
-    def state_dict(self) -> dict:
-        """Return what a resumed run needs, in plain values; warm-up stays as it was if the run grows."""
-        names = ("position", "best", "waited", "cuts", "warmup_steps")
-        return {name: getattr(self, name) for name in names}
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, in plain values; the warm-up does not change if the run grows."""
+        return {"position": self.position, "scores": [*self.scores], "warmup_steps": self.warmup_steps}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue where `state` was taken: the groups' rates are set anew."""
-        vars(self).update(state)
-        self._set_rates()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken, and set the learning rates."""
+        self.position, self.scores = state["position"], [*state["scores"]]
+        self.warmup_steps = state["warmup_steps"]
+        self._set_lrs()
 
-    def _factor(self, step: int) -> float:
-        warming = step < self.warmup_steps
-        return (step + 1) / (self.warmup_steps + 1) if warming else SCHEDULES[self.name](self, step)
+    def _factor(self, step: int, scores: list[float]) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        progress = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
+        inputs = {"epoch": step // self.steps_per_epoch, "progress": progress, "scores": scores}
+        return self.function(**{name: inputs[name] for name in self.inputs}, **self.options)
 
-    def _set_rates(self) -> None:
+    def _set_lrs(self) -> None:
+        factor = self._factor(self.position, self.scores)
         for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * self._factor(self.position)
+            group["lr"] = base * factor
 
 
-def _one_of(field: str, name: str, choices: Iterable[str]) -> None:
+def check_options(field: str, name: str, choices: dict[str, Callable], options: dict[str, Any]) -> None:
+    """Raise ValueError for a name that is not in `choices`, or an option that its function does not take."""
     if name not in choices:
-        hint = near(str(name), list(choices)) or " Choose one of these."
+        hint = near(str(name), choices) or " Choose one of these."
         raise ValueError(f"{field} must be one of {', '.join(choices)}; got {name!r}.{hint}")
+    known = inspect.getfullargspec(choices[name]).kwonlyargs
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{field} {name} has no option {option!r}. Leave it out, or correct its name")

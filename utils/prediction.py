@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets import Box, Encoding, fit, read_image
+from datasets.fitting import resize_mask
 from datasets.large import LargeMask, LargePicture, picture_size
 from datasets.reading import load_fitted
-from datasets.transforms import resize_mask
 from metrics import ConfusionMatrix, predicted_ids
 from models import prepare_for_inference
 from utils import visualize
