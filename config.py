@@ -129,8 +129,8 @@ class Config:
     batch_size: int = 4  # [1 or more] images per step, over all processes together; real data: 8 to 16
     accumulate: int = 1  # [1 or more] parts that a batch is computed in, one after another, to save memory
     amp: Literal["auto", "off", "tf32", "bf16", "fp16"] = "auto"
-    # mixed precision; auto: bf16 where the GPU or the CPU is faster in it, else fp16 (GPU) or off; off: float32
-    # throughout; tf32: float32 with TF32 in convolutions and matrix products (GPU)
+    # mixed precision; auto: bf16 where the GPU or the CPU is faster in it, else fp16 (GPU) or off; off: all
+    # in float32; tf32: float32 with TF32 in convolutions and matrix products (GPU)
     channels_last: bool = True  # memory layout of convolutions; faster nearly everywhere
     compile: bool = False  # torch.compile: a minute at the start, then faster on a GPU; no gain on a CPU
     clip_grad: float = 0.0  # [0 or more] largest norm of the gradient; 0: no limit

@@ -207,7 +207,8 @@ def build_run(
         progress = Progress(**saved["progress"])
         refuse_changed_data(report.fingerprint, saved["fingerprint"], config.data_root, folder)
         if is_over(config, progress):
-            run_folder.refuse_finished(folder, progress.epoch)
+            can_grow = progress.epoch == config.epochs and not depends_on_length(config.scheduler)
+            run_folder.refuse_finished(folder, progress.epoch, can_grow)
         restore_training_state(saved, model, optimizer, schedule, scaler, ema)
     loss_fn = build_criterion(config, report).to(device)
     return Run(

@@ -26,7 +26,7 @@ FORMS: dict[str, Callable[[Tensor], bool]] = {  # name: whether the fast form is
     "split_bias": lambda x: x.is_cpu and _low_precision(x) and not is_exporting(),
     # ONNX lacks adaptive pooling of free sizes, mps that to bins that do not divide the size
     "average_pool": lambda x: is_exporting() or x.device.type == "mps" or _deterministic(),
-    "resize": lambda x: x.device.type in ("cuda", "mps") and not is_exporting(),
+    "resize": lambda x: x.device.type in ("cuda", "mps") and x.requires_grad and not is_exporting(),
     "resize_backward": lambda x: not is_compiling(),
     "unpool": lambda x: (x.is_cuda and not is_compiling()) or (_deterministic() and not is_exporting()),
     "winograd": lambda x: x.is_cpu and (x.dtype == torch.float32 or not _has_amx()),

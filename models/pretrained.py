@@ -1,4 +1,4 @@
-"""Fill a network's backbone with public classification weights, and say what fitted."""
+"""Load public classification weights into a network's backbone, and report which fitted."""
 
 import sys
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from .checkpoint import check_weights, read_file
 
 @dataclass(frozen=True)
 class PretrainedReport:
-    """What `load_pretrained` did.
+    """The result of `load_pretrained`.
 
     Attributes:
-        loaded: names in the network that now hold public weights.
+        loaded: names in the network that now have public weights.
         adapted: those of them that were fitted to `in_channels`.
-        left_over: names in the source that the network has no place for: the classifier.
-        missing: names in the network that public weights could have filled and the source lacks.
+        left_over: names in the source that the network does not have: the classifier.
+        missing: names in the network that public weights could have filled but the source does not have.
     """
 
     loaded: tuple[str, ...]
@@ -36,50 +36,50 @@ class PretrainedReport:
 
 
 def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
-    """Load torchvision's classification weights, or a file of such, into `model.backbone`.
+    """Load torchvision's classification weights, or a file of them, into `model.backbone`.
 
-    Where `in_channels` is not 3 the first convolution is adapted: for one channel the three are summed, so
-    that grey means what it meant in colour; else they are taken in turn, RGBRG..., times 3 / in_channels.
+    If `in_channels` is not 3, the first convolution is adapted: for one channel the three are summed, so that
+    a gray image gives the same features as in color; else they are repeated, RGBRG..., times 3 / in_channels.
     FCN also fills fc6 and fc7 from the classifier. Weights of a VGG without batch norm fit one with it, whose
-    norms then stay as they are. Nothing is changed unless every convolution of the backbone fits.
+    norms are then not changed. Nothing is changed unless every convolution of the backbone fits.
 
     Args:
         model: a network of this package, changed in place.
-        source: "imagenet" for torchvision's IMAGENET1K_V1 (from its cache or the network), or the path of a
+        source: "imagenet" for torchvision's IMAGENET1K_V1 (from its cache or downloaded), or the path of a
             state dict with torchvision's names.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the network has no backbone, the file is damaged or of another architecture, or the public
-            weights cannot be fetched.
+            weights cannot be downloaded.
     """
     if not hasattr(model, "backbone"):
         raise ValueError(
             f"{type(model).__name__.lower()} has no backbone for public weights; got {source!r}. "
             f"Set pretrained to none."
         )
-    needed = model.backbone.name
+    backbone = model.backbone.name
     public = str(source) == "imagenet"
-    given = fetch_imagenet(needed) if public else read_file(source, "file of weights", legacy=True)
-    check_weights(given, str(source))
+    weights = fetch_imagenet(backbone) if public else read_file(source, "file of weights", legacy=True)
+    check_weights(weights, str(source))
 
-    names = place(given, model)
+    keys = match_names(weights, model)
     state, fitting, adapted = model.state_dict(), {}, []
-    for name, key in names.items():
-        value, wanted = given[key], state[name].shape
-        if value.dim() == 2 and len(wanted) == 4 and value.numel() == wanted.numel():
-            value = value.reshape(wanted)  # a linear layer of the classifier as a convolution
-        if value.dim() == 4 and value.shape[1] == 3 != wanted[1] == model.in_channels:
-            value, adapted = fit_channels(value, wanted[1]), [*adapted, name]
-        if value.shape != wanted:
+    for name, key in keys.items():
+        value, shape = weights[key], state[name].shape
+        if value.dim() == 2 and len(shape) == 4 and value.numel() == shape.numel():
+            value = value.reshape(shape)  # a linear layer of the classifier as a convolution
+        if value.dim() == 4 and value.shape[1] == 3 != shape[1] == model.in_channels:
+            value, adapted = fit_channels(value, shape[1]), [*adapted, name]
+        if value.shape != shape:
             raise ValueError(
-                f"{source}: {key!r} is {tuple(value.shape)}, but this {needed} needs {tuple(wanted)}. "
+                f"{source}: {key!r} is {tuple(value.shape)}, but this {backbone} needs {tuple(shape)}. "
                 f"Give weights of the same backbone and width."
             )
         fitting[name] = value
 
     parts = {name.split(".")[0] for name in model.backbone.state_dict()}
-    left_over = tuple(key for key in given if key not in names.values())
+    left_over = tuple(key for key in weights if key not in keys.values())
     fillable = ("backbone.", *getattr(model, "pretrained_names", {}).values())
     unfilled = [name for name in state if name.startswith(fillable) and name not in fitting]
     missing = tuple(name for name in unfilled if "num_batches" not in name)
@@ -87,26 +87,26 @@ def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
     foreign += [name for name in missing if name.startswith("backbone.") and state[name].dim() == 4]
     if foreign:
         raise ValueError(
-            f"{source} must hold the weights of {needed}; {foreign[0]!r} is in only one of the two. "
+            f"{source} must hold the weights of {backbone}; {foreign[0]!r} is in only one of the two. "
             f"Give weights of the same backbone."
         )
     model.load_state_dict(fitting, strict=False)
     return PretrainedReport(tuple(fitting), tuple(adapted), left_over, missing)
 
 
-def place(given: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
-    """Return, by its name in the network, the name in `given` of each tensor that has a place there."""
-    names = {f"backbone.{key}": key for key in given}
-    if model.backbone.name.endswith("_bn") and not any("running_mean" in key for key in given):
+def match_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
+    """Map names in the network to names in `weights`, for all tensors that both have."""
+    names = {f"backbone.{key}": key for key in weights}
+    if model.backbone.name.endswith("_bn") and not any("running_mean" in key for key in weights):
         layers = model.backbone.named_modules(prefix="backbone")
         convolutions = [name for name, layer in layers if isinstance(layer, nn.Conv2d)]
-        plain = [key for key in given if key.startswith("features.") and key.endswith(".weight")]
+        plain = [key for key in weights if key.startswith("features.") and key.endswith(".weight")]
         pairs = list(zip(convolutions, plain, strict=False))  # the n-th convolution of a plain VGG to ours
         names = {f"{ours}.{p}": key.replace("weight", p) for ours, key in pairs for p in ("weight", "bias")}
     for old, new in getattr(model, "pretrained_names", {}).items():
-        names |= {key.replace(old, new, 1): key for key in given if key.startswith(old)}
+        names |= {key.replace(old, new, 1): key for key in weights if key.startswith(old)}
     state = model.state_dict()
-    return {name: key for name, key in names.items() if name in state and key in given}
+    return {name: key for name, key in names.items() if name in state and key in weights}
 
 
 def fit_channels(weight: Tensor, in_channels: int) -> Tensor:
@@ -117,7 +117,7 @@ def fit_channels(weight: Tensor, in_channels: int) -> Tensor:
 
 
 def fetch_imagenet(backbone: str) -> dict[str, Tensor]:
-    """Return torchvision's public weights for a backbone, from its cache or the network."""
+    """Return torchvision's public weights for a backbone, from its cache or downloaded."""
     try:
         from torchvision.models import get_model_weights
     except ImportError as error:
@@ -127,8 +127,8 @@ def fetch_imagenet(backbone: str) -> dict[str, Tensor]:
     weights = get_model_weights(backbone).IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=sys.stderr.isatty(), check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:  # no network, no such address, a broken download
+    except (OSError, RuntimeError) as error:  # offline, a wrong address, a broken download
         raise ValueError(
-            f"pretrained 'imagenet' must fetch {weights.url}; got {error}. "
-            f"Fetch it elsewhere and give the file's path, or set pretrained to none."
+            f"pretrained 'imagenet' must download {weights.url}; got {error}. "
+            f"Download it elsewhere and give the file's path, or set pretrained to none."
         ) from error

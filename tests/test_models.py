@@ -159,7 +159,7 @@ def test_the_images_are_never_written_to(name, size):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_optimizer_step_moves_every_parameter(name):
+def test_one_optimizer_step_changes_every_parameter(name):
     model = small_model(name).train()
     before = {key: value.detach().clone() for key, value in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -169,10 +169,10 @@ def test_one_optimizer_step_moves_every_parameter(name):
     )
     loss.backward()
     optimizer.step()
-    still = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
+    unchanged = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
     model.load_state_dict(before, strict=False)
     model.zero_grad()
-    assert still == []
+    assert unchanged == []
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -207,7 +207,7 @@ def test_images_that_do_not_fit_are_refused(name):
 @pytest.mark.parametrize(
     ("name", "num_classes", "options", "message"),
     [
-        ("unett", 2, {}, "model must be one of unet.*got 'unett'. Did you mean 'unet'?"),
+        ("unett", 2, {}, r"model must be one of .*unet, deeplabv3plus, .*got 'unett'. Did you mean 'unet'\?"),
         (
             "unet",
             2,
@@ -226,7 +226,7 @@ def test_images_that_do_not_fit_are_refused(name):
         ("pspnet", 2, {"backbone": "vgg16"}, "backbone must be one of resnet18.*got 'vgg16'"),
     ],
 )
-def test_what_cannot_be_built_is_refused_with_the_reason(name, num_classes, options, message):
+def test_invalid_arguments_are_refused_with_the_reason(name, num_classes, options, message):
     with pytest.raises(ValueError, match=message):
         build_model(name, num_classes, **options)
 
@@ -276,7 +276,7 @@ def test_fcn_upsampling_starts_as_bilinear_resizing(variant, factors):
         torch.testing.assert_close(up(x)[inside], resized[inside])
 
 
-def test_unet_sets_an_odd_size_back_with_zeros_at_the_end():
+def test_unet_pads_an_odd_size_with_zeros_at_the_end():
     up = UNet(3, base_channels=4).decoder1.eval()
     seen = []
     up.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -286,7 +286,7 @@ def test_unet_sets_an_odd_size_back_with_zeros_at_the_end():
     assert torch.equal(seen[0][:, 4:, :32], up.up(x)) and not seen[0][:, 4:, 32].any()
 
 
-def test_segnet_sets_values_back_where_their_maxima_stood():
+def test_segnet_unpools_values_to_the_positions_of_their_maxima():
     model = SegNet(2, base_channels=4).eval()
     seen = []
     model.backbone.features[5].register_forward_hook(lambda _, inputs, output: seen.append(output))

@@ -68,11 +68,11 @@ def test_a_truncated_checkpoint_is_refused(path):
         load_model(path)
 
 
-@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
-def test_a_single_flipped_bit_is_refused(path, place):
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.8])
+def test_a_single_flipped_bit_is_refused(path, fraction):
     torch.save(checkpoint(), path)
     content = bytearray(path.read_bytes())
-    content[int(len(content) * place)] ^= 1
+    content[int(len(content) * fraction)] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="best.pt is (damaged: the checksum|not a whole checkpoint)"):
         load_model(path)
@@ -106,7 +106,7 @@ class Opener:
         (checkpoint(info={"opener": Opener()}), "is not a checkpoint that can be opened safely"),
     ],
 )
-def test_what_is_no_checkpoint_of_this_project_is_refused(path, capsys, content, message):
+def test_a_file_that_is_not_a_checkpoint_of_this_project_is_refused(path, capsys, content, message):
     torch.save(content, path)
     with pytest.raises(ValueError, match=message):
         load_model(path)
@@ -141,9 +141,9 @@ def test_a_first_convolution_on_rgb_is_adapted_to_other_channels(path, in_channe
     model = build_model("pspnet", 2, in_channels, backbone="resnet18").eval()
     report = load_pretrained(model, path)
     assert report.adapted == (() if in_channels == 3 else ("backbone.conv1.weight",))
-    grey = torch.rand(1, 1, 32, 32)  # the same image in every channel gives the same result as in color
-    expected = nn.functional.conv2d(grey.expand(-1, 3, -1, -1), source["conv1.weight"])
-    given = nn.functional.conv2d(grey.expand(-1, in_channels, -1, -1), model.backbone.conv1.weight)
+    gray = torch.rand(1, 1, 32, 32)  # the same image in every channel gives the same result as in color
+    expected = nn.functional.conv2d(gray.expand(-1, 3, -1, -1), source["conv1.weight"])
+    given = nn.functional.conv2d(gray.expand(-1, in_channels, -1, -1), model.backbone.conv1.weight)
     if in_channels in (1, 3):
         torch.testing.assert_close(given, expected)
     for index in range(in_channels if in_channels > 1 else 0):
@@ -213,13 +213,13 @@ def test_a_network_without_a_backbone_takes_no_public_weights(path):
         load_pretrained(build_model("unet", 2, **OPTIONS), path)
 
 
-def test_no_network_is_said_plainly(monkeypatch, tmp_path):
+def test_a_failed_download_is_reported_with_what_to_do(monkeypatch, tmp_path):
     def no_network(*_, **__):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.urlopen", no_network)
     with pytest.raises(
-        ValueError, match=r"must fetch https://.*resnet18.*no route to host.*or set pretrained"
+        ValueError, match=r"must download https://.*resnet18.*no route to host.*or set pretrained"
     ):
         load_pretrained(build_model("pspnet", 2, backbone="resnet18"), "imagenet")

@@ -620,7 +620,8 @@ needs_export = pytest.mark.skipif(
 def test_an_exported_program_gives_the_networks_logits_for_pictures_of_any_size(tmp_path, name, narrow_fcn):
     torch.manual_seed(0)
     small = {"unet": {"base_channels": 4}, "segnet": {"base_channels": 4}, "fcn": {"backbone": "vgg11_bn"}}
-    model = build_model(name, 3, **small.get(name, {"backbone": "resnet18"})).eval()
+    small |= {name: {"backbone": "resnet18"} for name in ("deeplabv3plus", "pspnet")}
+    model = build_model(name, 3, **small.get(name, {})).eval()
     info = {"class_names": ["a", "b", "c"]}
     path = tmp_path / "net.pt2"
     assert export(model, path, fold=fold_batch_norm, mean=[0.4] * 3, std=[0.2] * 3, info=info) < 1e-4

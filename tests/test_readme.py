@@ -157,19 +157,24 @@ def test_every_flag_that_the_readme_names_takes_the_value_it_gives(flags):
         assert hasattr(Config, name) or hasattr(predict.Args, name)
 
 
-def test_the_model_the_loss_and_the_format_that_the_readme_adds_train(copy):
-    assert len(NEW_FILES) == 2
+def add_model_and_loss(copy):
+    """Follow the README: two new files, their lines in the registries, their names in config.py."""
     config = (copy / "config.py").read_text(encoding="utf-8")
     for code in NEW_FILES:
-        room, stem, name = re.match(r"# (\w+)/(\w+)\.py.*?class (\w+)", code, re.S).groups()
-        (copy / room / f"{stem}.py").write_text(code, encoding="utf-8")
+        package, stem, name = re.match(r"# (\w+)/(\w+)\.py.*?class (\w+)", code, re.S).groups()
+        (copy / package / f"{stem}.py").write_text(code, encoding="utf-8")
         lines = rf'from .{stem} import {name}\n\n\g<0>    "{stem}": {name},\n'
-        init = (copy / room / "__init__.py").read_text(encoding="utf-8")
-        init = re.sub(rf"^{room.upper()}\b.*{{\n", lines, init, flags=re.M)
-        (copy / room / "__init__.py").write_text(init, encoding="utf-8")
-        setting = {"models": "model", "losses": "loss"}[room]
-        config = config.replace(f"    {setting}: Literal[", f'    {setting}: Literal["{stem}", ')
+        init = (copy / package / "__init__.py").read_text(encoding="utf-8")
+        init = re.sub(rf"^{package.upper()}\b.*{{\n", lines, init, flags=re.M)
+        (copy / package / "__init__.py").write_text(init, encoding="utf-8")
+        for setting in {"models": ["model"], "losses": ["loss", "joint_ce"]}[package]:
+            config = config.replace(f"    {setting}: Literal[", f'    {setting}: Literal["{stem}", ')
     (copy / "config.py").write_text(config, encoding="utf-8")
+
+
+def test_the_model_the_loss_and_the_format_that_the_readme_adds_train(copy):
+    assert len(NEW_FILES) == 2
+    add_model_and_loss(copy)
     reading = (copy / "datasets" / "reading.py").read_text(encoding="utf-8")
     for table, entry in (("SUFFIXES", '".jp2"'), ("FORMATS", '"JPEG2000"')):
         assert f"`{entry}`" in TEXT and f"`{table}`" in TEXT
@@ -178,9 +183,18 @@ def test_the_model_the_loss_and_the_format_that_the_readme_adds_train(copy):
     picture = copy / "mock_data" / "train" / "images" / "03.png"
     Image.open(picture).save(picture.with_suffix(".jp2"))
     picture.unlink()
-    command = "python train.py --model plain --loss brier --epochs 1 --image_size 64 --batch_size 20"
-    code, _, errors = run(command, copy)
-    assert code == 0, errors
+    for loss in ("--loss brier", "--loss joint --joint_ce brier"):
+        command = f"python train.py --model plain {loss} --epochs 1 --image_size 64 --batch_size 20"
+        code, _, errors = run(command, copy)
+        assert code == 0, errors
+
+
+@pytest.mark.slow
+def test_the_model_and_the_loss_that_the_readme_adds_pass_the_tests(copy):
+    add_model_and_loss(copy)
+    done = in_a_shell('python -m pytest -q -p no:cacheprovider -m "not slow" -k "plain or brier" tests', copy)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "skipped" not in done.stdout
 
 
 def test_every_file_that_the_readme_names_is_there():

@@ -30,12 +30,12 @@ def stop_after(monkeypatch, steps):
 
 
 def resume(folder, **given):
-    return train.main(Config(resume=str(folder), **given), given)
+    return train.main(Config(resume=str(folder), **given), given).folder
 
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_run_whose_data_have_moved_goes_on_bit_equal(settings, data, tmp_path, monkeypatch, relative):
-    whole = train.main(settings(run_name="whole"))
+    whole = train.main(settings(run_name="whole")).folder
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         with pytest.raises(Fail, match="out of memory"):
@@ -62,7 +62,7 @@ def test_a_run_does_not_go_on_with_other_data(settings, data, tmp_path, monkeypa
 
 @pytest.mark.parametrize("scheduler", SCHEDULES)
 def test_a_finished_run_is_offered_more_epochs_where_its_schedule_allows_them(settings, scheduler):
-    folder = train.main(settings(scheduler=scheduler, epochs=1))
+    folder = train.main(settings(scheduler=scheduler, epochs=1)).folder
     with pytest.raises(Fail, match="is finished after 1 epochs") as caught:
         resume(folder)
     offered = re.search(r"--epochs (\d+)", str(caught.value))
@@ -76,7 +76,7 @@ def test_a_finished_run_is_offered_more_epochs_where_its_schedule_allows_them(se
 
 
 def test_resuming_prints_the_kept_settings_in_one_line(settings, capsys):
-    folder = Path(train.main(settings(scheduler="none", epochs=1)))
+    folder = Path(train.main(settings(scheduler="none", epochs=1)).folder)
     capsys.readouterr()
     train.main(settings(resume=str(folder), scheduler="none", epochs=2, seed=3), {"epochs": 2})
     lines = capsys.readouterr().out.splitlines()

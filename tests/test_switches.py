@@ -123,7 +123,9 @@ def test_deterministic_runs_are_equal(learn):
 
 @pytest.mark.parametrize("name", sorted({*MODELS} - {"fcn"}))  # 134 M weights, no layer that others lack
 def test_a_network_takes_the_same_step_where_determinism_is_asked_for(name):
-    options = {"base_channels": 4} if name in ("unet", "segnet") else {"backbone": "resnet18"}
+    small = {"unet": {"base_channels": 4}, "segnet": {"base_channels": 4}}
+    small |= {name: {"backbone": "resnet18"} for name in ("deeplabv3plus", "pspnet")}
+    options = small.get(name, {})
     model, images = build_model(name, num_classes=2, **options).eval(), torch.randn(2, 3, 36, 50)
     gradients = []
     try:

@@ -64,10 +64,11 @@ def is_finished(folder: Path) -> bool:
     return (folder / END_MARK).exists()
 
 
-def refuse_finished(folder: Path, epochs: int) -> None:
-    """Raise ValueError if the run in the folder has reached its end, after `epochs`."""
+def refuse_finished(folder: Path, epochs: int, can_grow: bool) -> None:
+    """Raise ValueError if the run in the folder is finished after `epochs`; it may be able to have more."""
     if is_finished(folder):
-        raise ValueError(f"{folder} is finished after {epochs} epochs. Start a new run with --init_from")
+        more = f"Give it more epochs (--epochs {2 * epochs}), or start" if can_grow else "Start"
+        raise ValueError(f"{folder} is finished after {epochs} epochs. {more} a new run with --init_from")
 
 
 def reopen(folder: Path) -> bool:
