@@ -17,7 +17,6 @@ def read_flags() -> Parsed:
 if __name__ == "__main__":  # before torch is imported, so that --help and wrong settings are answered at once
     PARSED = end_with(read_flags)
 
-import inspect
 import math
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -36,7 +35,7 @@ from datasets.folder import SegmentationDataset
 from datasets.sampling import Loader, epoch_batches, make_loader
 from losses import AuxLoss, build_loss, median_frequency_weights
 from metrics import Scores
-from models import MODELS, build_model, load_pretrained, read_checkpoint
+from models import architecture, build_model, load_pretrained, read_checkpoint
 from models.checkpoint import FORMAT
 from utils import device as devices
 from utils import distributed, run_folder, visualize
@@ -178,6 +177,7 @@ class Run:
     monitor: Monitor
     validator: Validator
     report: RunReport
+    architecture: dict[str, Any]  # of the model, for checkpoints
     best: Evaluation | None = None  # of best.pt, if this process evaluated it
 
 
@@ -211,6 +211,17 @@ def build_run(
             run_folder.refuse_finished(folder, progress.epoch, can_grow)
         restore_training_state(saved, model, optimizer, schedule, scaler, ema)
     loss_fn = build_criterion(config, report).to(device)
+    validator = Validator(
+        data.val,
+        loss_fn,
+        **config.pick("num_classes", "ignore_index", "batch_size", "channels_last"),
+        mean=data.mean,
+        std=data.std,
+        window=config.image_size if config.resize == "crop" else None,
+        device=device,
+        precision=precision,
+        processes=processes,
+    )
     return Run(
         config,
         device,
@@ -228,8 +239,11 @@ def build_run(
         schedule=schedule,
         progress=progress,
         monitor=Monitor(progress, schedule, device, processes, config.save_every_minutes),
-        validator=build_validator(config, data, loss_fn, device, precision, processes),
+        validator=validator,
         report=RunReport(folder, data.classes, schedule.curve()),
+        architecture=architecture(
+            config.model, config.num_classes, config.in_channels, **config.model_options
+        ),
     )
 
 
@@ -250,15 +264,6 @@ def build_data(config: Config, report: DataReport, device: torch.device, process
     colors = config.class_colors or visualize.default_palette(config.num_classes)
     classes = visualize.Classes(config.names, [list(color) for color in colors], config.ignore_index)
     return Data(report, train_set, val_set, loader, mean, std, classes)
-
-
-def architecture(config: Config) -> dict[str, Any]:
-    """Return what `build_model` takes, with the defaults of the model's class, as checkpoints hold it."""
-    signature = inspect.signature(MODELS[config.model])
-    arguments = signature.bind(config.num_classes, config.in_channels, **config.model_options)
-    arguments.apply_defaults()
-    options = dict([*arguments.arguments.items()][2:])  # after num_classes and in_channels
-    return {"name": config.model, **config.pick("num_classes", "in_channels"), "options": options}
 
 
 def build_network(config: Config, fresh: bool) -> nn.Module:
@@ -296,21 +301,6 @@ def build_criterion(config: Config, report: DataReport) -> AuxLoss:
     return AuxLoss(loss_fn, config.aux_weight)
 
 
-def build_validator(
-    config: Config,
-    data: Data,
-    loss_fn: nn.Module,
-    device: torch.device,
-    precision: torch.dtype,
-    processes: Processes,
-) -> Validator:
-    """Build what scores the validation images."""
-    window = config.image_size if config.resize == "crop" else None
-    options = config.pick("num_classes", "ignore_index", "batch_size", "channels_last")
-    options |= {"mean": data.mean, "std": data.std, "window": window}
-    return Validator(data.val, loss_fn, **options, device=device, precision=precision, processes=processes)
-
-
 def start(run: Run) -> None:
     """Write the settings, draw one augmented batch, and print a summary of the run."""
     config, train_set = run.config, run.data.train
@@ -336,7 +326,7 @@ def summary(run: Run) -> dict[str, Any]:
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     model, loss = (
         ", ".join(f"{name} {value}" for name, value in options.items())
-        for options in (architecture(config)["options"], config.loss_options)
+        for options in (run.architecture["options"], config.loss_options)
     )
     steps = f"{config.epochs} epochs of {schedule.steps_per_epoch} steps, {schedule.warmup_steps} of warm-up"
     device = f"{devices.describe_device(run.device)}, {str(run.precision).removeprefix('torch.')}"
@@ -566,7 +556,7 @@ def save(run: Run, kind: str, state: dict[str, Any]) -> None:
         "epoch": run.progress.epoch,
         "versions": run_folder.versions(),
     }
-    content = {"format": FORMAT, "kind": kind, "architecture": architecture(config), "info": info, **state}
+    content = {"format": FORMAT, "kind": kind, "architecture": run.architecture, "info": info, **state}
     if run.processes.is_main:
         with run.monitor.clock.measure("saving"):
             save_atomic(content, run.folder / f"{kind}.pt")

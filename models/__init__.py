@@ -33,6 +33,7 @@ __all__ = [
     "PretrainedReport",
     "SegNet",
     "UNet",
+    "architecture",
     "build_model",
     "fold_batch_norm",
     "load_model",
@@ -64,6 +65,14 @@ def build_model(name: str, num_classes: int, in_channels: int = 3, **options: ob
     for key in options:
         check_choice(f"an option of {name}", key, known, fix="Leave it out.")
     return MODELS[name](num_classes, in_channels, **options)
+
+
+def architecture(name: str, num_classes: int, in_channels: int = 3, **options: object) -> dict[str, object]:
+    """Return the arguments of `build_model`, defaults of the class included, as checkpoints hold them."""
+    arguments = inspect.signature(MODELS[name]).bind(num_classes, in_channels, **options)
+    arguments.apply_defaults()
+    own = dict([*arguments.arguments.items()][2:])  # after num_classes and in_channels
+    return {"name": name, "num_classes": num_classes, "in_channels": in_channels, "options": own}
 
 
 def load_model(checkpoint: str | Path, device: str | torch.device = "cpu") -> nn.Module:
