@@ -54,7 +54,9 @@ def restore_training_state(
             f"last.pt does not fit the network of its settings: {reason}. Use the code that wrote it, or "
             "start a new run from its weights with --init_from"
         ) from error
-    schedule.load_state_dict({"scores": []} | saved["schedule"])  # early checkpoints have no scores
+    score = f"mean_{saved['config']['monitor']}"  # early checkpoints have the scores in their log alone
+    scores = [row[score] for row in saved["progress"]["rows"] if score in row]
+    schedule.load_state_dict({"scores": scores} | saved["schedule"])
     if saved["scaler"]:  # a run at another precision than fp16 has none
         scaler.load_state_dict(saved["scaler"])
     if ema:
