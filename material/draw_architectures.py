@@ -302,8 +302,8 @@ def draw_pspnet():
     for i, middle in enumerate((131, 217, 325, 411)):
         cells, key = net.model.ppm[i][0].output_size, f"ppm.{i}"
         side = 46 / cells
-        for place in range(cells**2):
-            x, top = 480 + side * (place % cells), middle - 23 + side * (place // cells)
+        for cell in range(cells**2):
+            x, top = 480 + side * (cell % cells), middle - 23 + side * (cell // cells)
             page.plate(x, top, side, side, 0, COLORS[BINS[i]], "#fff")
         page.text(503, middle + 37, f"{cells}×{cells}", 12, FAINT)
         page.arrow([(452, y), (452, middle), (477, middle)])

@@ -54,16 +54,16 @@ class ConcatConvBNReLU(ConvBNReLU):
 def upsample_concat_conv(maps: Sequence[Tensor], block: nn.Module, *, like: Tensor) -> Tensor:
     """Return `block(torch.cat([resize(x, like) for x in maps], dim=1))`.
 
-    The convolution of a `ConcatConvBNReLU` may be computed by `ops.upsample_concat_conv`, which calls no
-    module. Where hooks watch for that call, the line above is what runs.
+    The convolution of a `ConcatConvBNReLU` may be computed by `ops.upsample_concat_conv`, which does not call
+    the module. If a hook watches for that call, or it is of another class, the line above is what runs.
 
     Args:
         maps: (N, C_i, h_i, w_i); their channels add up to those that `block` takes.
         block: takes the concatenation.
         like: one of the maps; the others are resized to its height and width.
     """
-    fast = isinstance(block, ConcatConvBNReLU) and ops.chosen("upsample_concat_conv", like, block, block[0])
-    if not fast:
+    replaceable = isinstance(block, ConcatConvBNReLU) and type(block[0]) is nn.Conv2d
+    if not (replaceable and ops.chosen("upsample_concat_conv", like, block, block[0])):
         return block(torch.cat([resize(x, like) for x in maps], dim=1))
     conv, norm, relu = block
     return relu(norm(ops.upsample_concat_conv(maps, conv.weight, conv.bias, like)))

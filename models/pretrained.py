@@ -63,35 +63,19 @@ def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
     weights = fetch_imagenet(backbone) if public else read_file(source, "file of weights", legacy=True)
     check_weights(weights, str(source))
 
-    keys = match_names(weights, model)
-    state, fitting, adapted = model.state_dict(), {}, []
-    for name, key in keys.items():
-        value, shape = weights[key], state[name].shape
-        if value.dim() == 2 and len(shape) == 4 and value.numel() == shape.numel():
-            value = value.reshape(shape)  # a linear layer of the classifier as a convolution
-        if value.dim() == 4 and value.shape[1] == 3 != shape[1] == model.in_channels:
-            value, adapted = fit_channels(value, shape[1]), [*adapted, name]
-        if value.shape != shape:
-            raise ValueError(
-                f"{source}: {key!r} is {tuple(value.shape)}, but this {backbone} needs {tuple(shape)}. "
-                f"Give weights of the same backbone and width."
-            )
-        fitting[name] = value
-
+    keys, state = match_names(weights, model), model.state_dict()
+    fitting, adapted = fit_shapes({name: weights[key] for name, key in keys.items()}, model, source)
+    report = PretrainedReport(tuple(fitting), adapted, *unmatched(weights, keys, model))
     parts = {name.split(".")[0] for name in model.backbone.state_dict()}
-    left_over = tuple(key for key in weights if key not in keys.values())
-    fillable = ("backbone.", *getattr(model, "pretrained_names", {}).values())
-    unfilled = [name for name in state if name.startswith(fillable) and name not in fitting]
-    missing = tuple(name for name in unfilled if "num_batches" not in name)
-    foreign = [key for key in left_over if key.split(".")[0] in parts]
-    foreign += [name for name in missing if name.startswith("backbone.") and state[name].dim() == 4]
+    foreign = [key for key in report.left_over if key.split(".")[0] in parts]
+    foreign += [name for name in report.missing if name.startswith("backbone.") and state[name].dim() == 4]
     if foreign:
         raise ValueError(
             f"{source} must hold the weights of {backbone}; {foreign[0]!r} is in only one of the two. "
             f"Give weights of the same backbone."
         )
     model.load_state_dict(fitting, strict=False)
-    return PretrainedReport(tuple(fitting), tuple(adapted), left_over, missing)
+    return report
 
 
 def match_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
@@ -107,6 +91,36 @@ def match_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, str]:
         names |= {key.replace(old, new, 1): key for key in weights if key.startswith(old)}
     state = model.state_dict()
     return {name: key for name, key in names.items() if name in state and key in weights}
+
+
+def unmatched(
+    weights: dict[str, Tensor], keys: dict[str, str], model: nn.Module
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names in `weights` that no name in the network has, and those in the network left empty."""
+    fillable = ("backbone.", *getattr(model, "pretrained_names", {}).values())
+    empty = [name for name in model.state_dict() if name.startswith(fillable) and name not in keys]
+    missing = tuple(name for name in empty if "num_batches" not in name)
+    return tuple(key for key in weights if key not in keys.values()), missing
+
+
+def fit_shapes(
+    weights: dict[str, Tensor], model: nn.Module, source: str | Path
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return `weights` by the network's names in its shapes, and the names adapted to `in_channels`."""
+    state, fitting, adapted = model.state_dict(), {}, []
+    for name, value in weights.items():
+        shape = state[name].shape
+        if value.dim() == 2 and len(shape) == 4 and value.numel() == shape.numel():
+            value = value.reshape(shape)  # a linear layer of the classifier as a convolution
+        if value.dim() == 4 and value.shape[1] == 3 != shape[1] == model.in_channels:
+            value, adapted = fit_channels(value, shape[1]), [*adapted, name]
+        if value.shape != shape:
+            raise ValueError(
+                f"{source}: {name!r} is {tuple(value.shape)}, but this {model.backbone.name} needs "
+                f"{tuple(shape)}. Give weights of the same backbone and width."
+            )
+        fitting[name] = value
+    return fitting, tuple(adapted)
 
 
 def fit_channels(weight: Tensor, in_channels: int) -> Tensor:

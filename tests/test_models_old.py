@@ -20,7 +20,7 @@ NETWORKS = json.loads((DATA / "format1_networks.json").read_text(encoding="utf-8
 
 
 def old_weights(shapes):
-    """Weights that follow from the names alone, so that each name must find its own place."""
+    """Weights that depend on the names, so that two swapped names are noticed."""
     weights = {}
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

@@ -167,6 +167,17 @@ def test_a_convolution_with_hooks_is_called():
     assert not seen
 
 
+def test_a_convolution_of_another_class_is_called():
+    class Doubled(nn.Conv2d):  # as a quantizer's, which does more than convolve
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    block, maps = ConcatConvBNReLU(3, 4), [torch.rand(1, 2, 4, 4), torch.rand(1, 1, 8, 8)]
+    block[0] = Doubled(3, 4, 3, padding=1)
+    expected = block(torch.cat([resize(maps[0], like=maps[1]), maps[1]], dim=1))
+    torch.testing.assert_close(upsample_concat_conv(maps, block, like=maps[1]), expected)
+
+
 @LAYOUTS
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(
