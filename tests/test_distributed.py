@@ -6,6 +6,7 @@ import signal
 import time
 
 import doors
+import pytest
 import torch
 from torch import nn
 from torch.distributed import TCPStore
@@ -25,8 +26,9 @@ def score_and_step(config, out):
     model = train.build_network(config, fresh=True)
     run = train.build_run(config, report, torch.device("cpu"), torch.float32, model, processes)
     found = train.evaluate(run, train.averaged_weights(run))
-    train.set_train_mode = lambda run: run.model.eval()  # batch norm as a fixed scale: statistics differ
-    train.train_one_epoch(run)
+    with pytest.MonkeyPatch.context() as patch:  # batch norm as a fixed scale: statistics differ by process
+        patch.setattr(train, "set_train_mode", lambda run: run.model.eval())
+        train.train_one_epoch(run)
     sums = run.progress.sums
     if processes.is_main:
         found = {"counts": found.counts, "each": found.image_iou}
