@@ -81,7 +81,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets import Encoding, find_images, pair_truth, read_image
-from datasets.large import LargeMask, LargePicture, picture_size
+from datasets.large import LargeImage, LargeMask, read_size
 from datasets.reading import load_fitted
 from datasets.transforms import Box, fit, resize_mask
 from metrics import ConfusionMatrix, predicted_ids
@@ -277,7 +277,7 @@ def predict_all(work: Work) -> ConfusionMatrix | None:
 def is_large(path: Path, classes: int) -> bool:
     """Whether a picture is to be taken in strips; what is no picture is told when it is read."""
     try:
-        height, width = picture_size(path, upright=False)
+        height, width = read_size(path, upright=False)
     except (ValueError, OSError):
         return False
     return height * width * max(4, classes) > LARGE
@@ -325,7 +325,7 @@ def predict_large(work: Work, one: Picture) -> Picture:
     """Likewise for one whose logits are never in memory all at once; its pixels are decoded, not an array."""
     args, network = work.args, work.network
     try:
-        with LargePicture(one.path, work.info.architecture["in_channels"]) as picture:
+        with LargeImage(one.path, work.info.architecture["in_channels"]) as picture:
             canvas = picture.reduced(DRAWN) if args.overlay else None
             if work.window:
                 batch = 1 if network.device.type == "cpu" else args.batch_size  # a CPU gains nothing by more

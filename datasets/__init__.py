@@ -7,10 +7,12 @@ here needs numpy and Pillow only; what makes tensors is imported from `datasets.
 `datasets.sampling`.
 """
 
+from .finding import find_images, left_out
 from .labels import Encoding, parse_labels
 from .pairing import Pair, pair_truth
 from .preflight import DataReport, check_data
-from .reading import DataError, find_images, read_image, read_mask
+from .reading import read_image, read_mask
+from .samples import DataError
 from .transforms import Augmentation, Box, fit, mean_std
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "check_data",
     "find_images",
     "fit",
+    "left_out",
     "mean_std",
     "pair_truth",
     "parse_labels",

@@ -7,9 +7,10 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from .finding import SUFFIXES, is_hidden, list_images
 from .labels import Encoding
-from .large import LargeMask, picture_size
-from .reading import SUFFIXES, DataError, is_hidden, list_pictures
+from .large import LargeMask, read_size
+from .samples import DataError
 
 SHOWN = 5  # problems of one kind that are listed; the rest are counted
 
@@ -62,7 +63,7 @@ def pair_split(
             remedy = "the layout is data_root/{train,val}/{images,masks}"
             problems.add("no such folder", each, "is not a folder", remedy)
             continue
-        files = list_pictures(each)
+        files = list_images(each)
         if not files:
             problems.add("empty", each, "holds no picture", f"put {' '.join(SUFFIXES)} files there")
         for path in files:
@@ -102,7 +103,7 @@ def pair_truth(
     problems = Problems(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder. Give truth the folder of masks.")
-    masks = _by_stem(list_pictures(folder), problems, "two masks of one picture")
+    masks = _by_stem(list_images(folder), problems, "two masks of one picture")
     _by_stem(images, problems, "two pictures of one mask")
     wanted = [_spelling(image.stem + mask_suffix) for image in images]
     for stem, image in zip(wanted, images, strict=True):
@@ -128,7 +129,7 @@ def _truth_problem(image: Path, path: Path, encoding: Encoding) -> str | None:
     except ValueError as error:
         return str(error).removeprefix(f"{path}: ")
     try:
-        size = picture_size(image)
+        size = read_size(image)
     except (DataError, OSError):
         return None
     return None if size == mask.size else "is {} x {}, its picture {} x {}".format(*mask.size, *size)

@@ -35,7 +35,8 @@ from .labels import (
     write_labels,
 )
 from .pairing import Pair, Problems, pair_split
-from .reading import DataError, load_image, load_mask
+from .reading import load_image, load_mask
+from .samples import DataError
 
 SPLITS = ("train", "val")
 VERSION = 3  # of what is remembered of a file; raise it when reading or counting changes

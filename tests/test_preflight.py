@@ -192,7 +192,7 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         ["p2.png", "is not a"],
     ),
     "other format": (
-        lambda r: picture().save(r / "train/images/p0.png", format="GIF"),
+        lambda r: picture().save(r / "train/images/p0.png", format="PPM"),
         {},
         ["images/p0.png"],
     ),
@@ -332,7 +332,7 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {},
         ["p0.webp", "lossy WebP"],
     ),
-    "ids of 16 bits a channel": (lambda r: each_mask(r, wide_png), {}, ["p0.png", "16 bits"]),
+    "ids of 16 bits a channel": (lambda r: each_mask(r, wide_png), {}, ["p0.png", "16 bits per channel"]),
     "half transparent ids": (lambda r: each_mask(r, glassy_png), {}, ["p0.png", "half transparent"]),
     "JPEG ids among palettes": (
         lambda r: (
