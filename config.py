@@ -52,6 +52,8 @@ class Config:
     # #000000=0,#ff0000=1
     mask_suffix: str = ""
     # what a mask's name has after its picture's: "_mask" pairs cat.jpg with cat_mask.png
+    val_share: float = 0.2
+    # fraction of the pairs that validate, drawn by seed, where data_root has no train and val
     ignore_index: int = 255  # mask value that counts nowhere: void, unlabelled
     cache: Literal["auto", "ram", "disk", "off"] = "auto"
     # where decoded and resized pictures are kept, so that each is decoded once; auto: ram if small, else disk
@@ -248,6 +250,7 @@ class Config:
         ranges = (  # lowest and highest value, fields
             (0, 1, "hflip vflip color_jitter dropout dice_weight"),
             (0, 0.999999, "momentum ema_decay"),
+            (0.001, 0.999, "val_share"),
             (0, inf, "warmup_steps plateau_patience early_stop num_workers save_every_minutes"),
             (0, inf, "aux_weight focal_gamma weight_decay clip_grad"),
             (1, inf, "in_channels base_channels epochs batch_size accumulate val_every step_size"),
@@ -287,7 +290,9 @@ class Config:
         if isinstance(weights, tuple) and not (min(weights) >= 0 and sum(weights) > 0):
             yield f"class_weights must not be negative, and not all 0; got {weights}"
         if 0 <= self.ignore_index < most:
-            remedy = "255 is usual; the first value after the classes is the other habit"
+            moved = ",".join(f"{c}={c - 1}" for c in range(1, min(most, 3) + 1)) + ",..." * (most > 3)
+            remedy = f"Ignore 0 by --labels 0=ignore,{moved}" if not self.ignore_index else "255 is usual"
+            remedy = "-1 is never a class id" if most > 255 else remedy
             yield f"ignore_index must be no class id (0 to {most - 1}); got {self.ignore_index}. {remedy}"
 
         for name, choice, chosen, owners in self._foreign():

@@ -80,7 +80,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets import Encoding, find_images, pair_truth, read_image
+from datasets import Encoding, find_images, left_out, pair_targets, read_image
 from datasets.large import LargeImage, LargeMask, read_size
 from datasets.reading import load_fitted
 from datasets.transforms import Box, fit, resize_mask
@@ -216,7 +216,12 @@ def prepare(args: Args, weights: Path) -> Work:
     if args.encoding == "source":
         encoding.decode(np.arange(len(info.class_names))[None])  # refuses what no mask could be written as
     no_truths = [None] * len(files)
-    truths = pair_truth(files, args.truth, info.mask_suffix, encoding) if args.truth else no_truths
+    pairing = getattr(info, "pairing", None)
+    truths = no_truths
+    if args.truth:
+        truths = pair_targets(files, args.truth, info.mask_suffix, encoding, pairing)
+    if others := left_out(args.input, args.recursive):
+        print(f"left out {others}: not an ending that is read")
     output = Path(args.output)
     try_output(output, "output")
     if (output / SUMMARY).exists():
@@ -312,12 +317,13 @@ def predict_batch(work: Work, batch: list[Picture]) -> list[Picture]:
 
 def read_picture(work: Work, path: Path) -> tuple[np.ndarray, Box, np.ndarray | None]:
     """A picture as the network sees it, its place in that, and as it is drawn on."""
+    max_value = getattr(work.info, "max_value", None)
     channels, resize = work.info.architecture["in_channels"], "crop" if work.window else work.info.resize
-    image, box, picture = load_fitted(path, channels, work.info.image_size, resize)
+    image, box, picture = load_fitted(path, channels, work.info.image_size, resize, max_value)
     if not work.args.overlay:
         return image, box, None
     if picture.shape[:2] != (box.original_height, box.original_width):  # a JPEG that was decoded smaller
-        picture = read_image(path, channels)
+        picture = read_image(path, channels, max_value)
     return image, box, picture
 
 
@@ -325,7 +331,8 @@ def predict_large(work: Work, one: Picture) -> Picture:
     """Likewise for one whose logits are never in memory all at once; its pixels are decoded, not an array."""
     args, network = work.args, work.network
     try:
-        with LargeImage(one.path, work.info.architecture["in_channels"]) as picture:
+        max_value = getattr(work.info, "max_value", None)
+        with LargeImage(one.path, work.info.architecture["in_channels"], max_value) as picture:
             canvas = picture.reduced(DRAWN) if args.overlay else None
             if work.window:
                 batch = 1 if network.device.type == "cpu" else args.batch_size  # a CPU gains nothing by more

@@ -75,7 +75,8 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Path:
         precision = machine.pick_precision(config.amp, device)
         model = build_network(config, fresh=saved is None)
         about = config.pick("num_classes", "ignore_index", "class_colors", "in_channels", "labels")
-        about |= config.pick("mask_suffix") | {"class_names": config.names, "cache_dir": config.cache_folder}
+        about |= config.pick("mask_suffix", "val_share", "seed")
+        about |= {"class_names": config.names, "cache_dir": config.cache_folder}
         report = check_data(config.data_root, **about, progress=progress_bar)
     print(report.describe(), flush=True)
     if config.check:
@@ -154,7 +155,7 @@ class Run:
         self.config, self.report, self.processes = config, report, processes
         self.device, self.precision = device, precision
         shared = config.pick("image_size", "resize", "in_channels", "ignore_index", "seed")
-        shared["encoding"] = report.encoding
+        shared |= {"encoding": report.encoding, "max_value": report.max_value}
         moves = Augmentation(**config.pick("hflip", "vflip", "scale", "rotate", "color_jitter"))
         self.train_set = SegmentationDataset(report.train, augmentation=moves, **shared)
         self.val_set = SegmentationDataset(report.val, evaluation=True, **shared)
@@ -556,6 +557,8 @@ def save(run: Run, kind: str, state: dict[str, Any]) -> None:
         "mean": run.mean,
         "std": run.std,
         "encoding": run.report.encoding.to_dict(),
+        "max_value": run.report.max_value,
+        "pairing": run.report.pairing,
         "epoch": run.progress.epoch,
         "versions": run_files.versions(),
     }

@@ -9,7 +9,7 @@ here needs numpy and Pillow only; what makes tensors is imported from `datasets.
 
 from .finding import find_images, left_out
 from .labels import Encoding, parse_labels
-from .pairing import Pair, pair_truth
+from .pairing import Pair, pair_targets
 from .preflight import DataReport, check_data
 from .reading import read_image, read_mask
 from .samples import DataError
@@ -27,7 +27,7 @@ __all__ = [
     "fit",
     "left_out",
     "mean_std",
-    "pair_truth",
+    "pair_targets",
     "parse_labels",
     "read_image",
     "read_mask",

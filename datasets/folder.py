@@ -17,11 +17,12 @@ from torch.utils.data import get_worker_info
 from .cache import SampleCache, open_cache
 from .labels import Encoding
 from .pairing import Pair
-from .reading import DataError, load_fitted, read_mask
+from .reading import load_fitted, read_mask
+from .samples import DataError
 from .transforms import Augmentation, Box, fit_mask, generator_for, place
 from .warp import apply_move
 
-VERSION = 2  # of cached samples; raise it when reading or fitting gives other bytes
+VERSION = 3  # of cached samples; raise it when reading or fitting gives other bytes
 # Pixels; up to here a cached sample (half of it, if turned) is operations of microseconds, between which two
 # threads wait for each other (for Python's lock): one is faster.
 SHORT_WORK = 100_000
@@ -44,6 +45,7 @@ class SegmentationDataset:
     resize: str = "stretch"  # or letterbox, crop; see `transforms.place`
     in_channels: int = 3
     ignore_index: int = 255  # the id of what lies outside a picture
+    max_value: int | None = None  # of images above 8 bits: the value that becomes 255, see `DataReport`
     augmentation: Augmentation = NO_MOVES  # resize crop draws its window all the same
     seed: int = 0  # of the moves
     evaluation: bool = False  # made for `evaluation_item` alone, not for `batch`: masks keep their own size
@@ -97,6 +99,7 @@ class SegmentationDataset:
     def use_cache(self, setting: str, cache_dir: str | Path | None) -> str:
         """Keep decoded samples as `cache.open_cache` decides; one line that says how."""
         fitted = [self.image_size, self.resize, self.in_channels, self.ignore_index, self.evaluation]
+        fitted += [self.max_value] * (self.max_value is not None)
         files = [[str(pair.image.absolute()), str(pair.mask.absolute()), pair.stamp] for pair in self.pairs]
         known_by = json.dumps([VERSION, PIL.__version__, fitted, self.encoding.to_dict(), files])
         shapes = map(self._shapes, self.pairs)
@@ -141,7 +144,9 @@ class SegmentationDataset:
         """The same from the files."""
         pair = self.pairs[index]
         native = (pair.height, pair.width)
-        image, box, _ = load_fitted(pair.image, self.in_channels, self.image_size, self.resize)
+        image, box, _ = load_fitted(
+            pair.image, self.in_channels, self.image_size, self.resize, self.max_value
+        )
         mask = read_mask(pair.mask, self.encoding.as_colours)
         try:
             if (box.original_height, box.original_width) != native or mask.shape[:2] != native:

@@ -377,6 +377,10 @@ def mask_damage(image: Image.Image, path: Path, data: bytes | None = None) -> st
     for lossy in ("jpeg", "webp"):
         if lossy in str(image.info.get("compression")):
             return f"is a TIFF that holds a {lossy.upper()}"
-    if "A" in image.getbands() and any(image.getchannel("A").histogram()[1:255]):
-        return "is half transparent"
-    return ""
+    if "A" not in image.getbands():
+        return ""
+    *colours, alpha = image.split()
+    lowest, highest = alpha.getextrema()
+    if lowest < highest and not any(band.getbbox() for band in colours):
+        return "is black, with its content in the alpha channel"
+    return "is half transparent" if any(alpha.histogram()[1:255]) else ""
