@@ -52,6 +52,8 @@ class Config:
     labels: str = "auto"
     # how masks encode classes: auto, snap (lossy masks), or a map such as 0=0,255=1 or #000000=0,#ff0000=1
     mask_suffix: str = ""  # what a mask's name has after its image's: "_mask" pairs cat.jpg with cat_mask.png
+    val_share: float = 0.2
+    # [0.001 to 0.999] fraction of the pairs that validate, drawn by seed, if data_root has no train and val
     ignore_index: int = 255  # [-2147483648 to 2147483647] mask value that is not scored: void, unlabelled
     cache: Literal["auto", "ram", "disk", "off"] = "auto"
     # where decoded and resized images are kept, so that each is decoded once; auto: ram if small, else disk
@@ -273,6 +275,9 @@ class Config:
         if 0 <= self.ignore_index < self.num_classes:
             unused = 255 if self.num_classes <= 255 else 65535
             fix = f"Set it to the masks' value for void, or to {unused} if they have none"
+            if self.ignore_index == 0 and self.num_classes <= 64:  # void is 0, the classes are 1 to N
+                labels = ",".join(["0=ignore", *(f"{c}={c - 1}" for c in range(1, self.num_classes + 1))])
+                fix = f"If 0 is void and the classes are 1 to {self.num_classes}, set labels to {labels}"
             ids = f"(0 to {self.num_classes - 1})"
             yield f"ignore_index must not be a class id {ids}; got {self.ignore_index}. {fix}"
         if self.batch_size % self.accumulate:

@@ -72,7 +72,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets import Encoding, find_images, pair_truth
+from datasets import Encoding, find_images, left_out, pair_targets
 from metrics import ConfusionMatrix
 from models import fold_batch_norm, load_model
 from utils.device import available_cores, describe_device, pick_device, pick_precision, set_backends
@@ -151,8 +151,12 @@ def prepare(args: Args, weights: Path) -> Job:
     encoding = Encoding.from_dict(info.encoding)
     if args.encoding == "source":
         encoding.decode(np.arange(len(info.class_names))[None])  # refuses what no mask could be written as
-    no_targets = [None] * len(files)
-    targets = pair_truth(files, args.truth, info.mask_suffix, encoding) if args.truth else no_targets
+    targets = [None] * len(files)
+    if args.truth:
+        pairing = getattr(info, "pairing", None)  # early checkpoints have none
+        targets = pair_targets(files, args.truth, info.mask_suffix, encoding, pairing)
+    if others := left_out(args.input, args.recursive):
+        print(f"left out {others}: not an ending that is read")
     output = Path(args.output)
     try_output(output, "output")
     if (output / SUMMARY).exists():

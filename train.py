@@ -135,9 +135,8 @@ def resolve_resume(config: Config, given: dict[str, Any]) -> tuple[Config, Path 
 
 def check(config: Config) -> DataReport:
     """Open and count every image and mask once; refuse data that cannot be trained on."""
-    options = config.pick(
-        "num_classes", "ignore_index", "class_colors", "in_channels", "labels", "mask_suffix"
-    )
+    options = config.pick("num_classes", "ignore_index", "class_colors", "in_channels", "labels")
+    options |= config.pick("mask_suffix", "val_share", "seed")
     options |= {"class_names": config.names, "cache_dir": config.cache_folder}
     return check_data(config.data_root, **options, progress=progress_bar)
 
@@ -250,7 +249,7 @@ def build_run(
 def build_data(config: Config, report: DataReport, device: torch.device, processes: Processes) -> Data:
     """Build the data sets with their caches filled, and the loader of training batches."""
     options = config.pick("image_size", "resize", "in_channels", "ignore_index", "seed")
-    options["encoding"] = report.encoding
+    options |= {"encoding": report.encoding, "max_value": report.max_value}
     augmentation = Augmentation(**config.augmentation_options)
     train_set = SegmentationDataset(report.train, augmentation=augmentation, **options)
     val_set = SegmentationDataset(report.val, evaluation=True, **options)
@@ -553,6 +552,8 @@ def save(run: Run, kind: str, state: dict[str, Any]) -> None:
         "mean": data.mean,
         "std": data.std,
         "encoding": data.report.encoding.to_dict(),
+        "max_value": data.report.max_value,
+        "pairing": data.report.pairing,
         "epoch": run.progress.epoch,
         "versions": run_folder.versions(),
     }

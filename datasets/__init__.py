@@ -9,11 +9,13 @@ transforms) → warp (applying them) → cache (decoded, resized samples) → fo
 from typing import Any
 
 from .augment import Augmentation
+from .finding import find_images, left_out
 from .fitting import Box, fit, mean_std
 from .labels import Encoding, parse_labels
-from .pairing import Pair, pair_truth
+from .pairing import Pair, pair_targets
 from .preflight import DataReport, check_data
-from .reading import DataError, find_images, read_image, read_mask
+from .reading import read_image, read_mask
+from .samples import DataError
 
 __all__ = [
     "Augmentation",
@@ -26,8 +28,9 @@ __all__ = [
     "check_data",
     "find_images",
     "fit",
+    "left_out",
     "mean_std",
-    "pair_truth",
+    "pair_targets",
     "parse_labels",
     "read_image",
     "read_mask",

@@ -19,10 +19,11 @@ from .cache import SampleCache, open_cache
 from .fitting import Box, fit_mask, place
 from .labels import Encoding
 from .pairing import Pair
-from .reading import DataError, load_fitted, read_mask
+from .reading import load_fitted, read_mask
+from .samples import DataError
 from .warp import apply_transform
 
-VERSION = 2  # of cached samples; raise it when reading or fitting gives other bytes
+VERSION = 3  # of cached samples; raise it when reading or fitting gives other bytes
 # Pixels up to which a cached sample (half of it for slow augmentations) is operations of microseconds, in
 # which two threads wait for each other (for Python's lock): one is faster.
 SHORT_WORK = 100_000
@@ -47,6 +48,7 @@ class SegmentationDataset:
     resize: str = "stretch"  # or letterbox, crop; see `fitting.place`
     in_channels: int = 3
     ignore_index: int = 255  # the id of what lies outside a picture
+    max_value: int | None = None  # of images above 8 bits: the value that becomes 255, see `DataReport`
     augmentation: Augmentation = NO_AUGMENTATION  # resize crop draws its window all the same
     seed: int = 0  # of the augmentation
     evaluation: bool = False  # made for `evaluation_item` alone, not for `batch`: masks keep their own size
@@ -109,6 +111,7 @@ class SegmentationDataset:
     def use_cache(self, setting: str, cache_dir: str | Path | None) -> str:
         """Keep decoded samples as `cache.open_cache` decides; one line that says how."""
         fitted = [self.image_size, self.resize, self.in_channels, self.ignore_index, self.evaluation]
+        fitted += [self.max_value] * (self.max_value is not None)
         files = [[str(pair.image.absolute()), str(pair.mask.absolute()), pair.stamp] for pair in self.pairs]
         known_by = json.dumps([VERSION, PIL.__version__, fitted, self.encoding.to_dict(), files])
         shapes = map(self._shapes, self.pairs)
@@ -153,7 +156,9 @@ class SegmentationDataset:
         """The same from the files."""
         pair = self.pairs[index]
         native = (pair.height, pair.width)
-        image, box, _ = load_fitted(pair.image, self.in_channels, self.image_size, self.resize)
+        image, box, _ = load_fitted(
+            pair.image, self.in_channels, self.image_size, self.resize, self.max_value
+        )
         mask = read_mask(pair.mask, self.encoding.as_colours)
         try:
             if (box.original_height, box.original_width) != native or mask.shape[:2] != native:

@@ -17,6 +17,7 @@ from datasets import (
     Encoding,
     Pair,
     find_images,
+    finding,
     fit,
     folder,
     read_image,
@@ -199,8 +200,8 @@ def test_images_are_found_by_file_folder_and_pattern_in_natural_order(tmp_path):
     assert names(find_images(tmp_path / "img2.png")) == ["img2.png"]
     with pytest.raises(FileNotFoundError, match="nowhere"):
         find_images(tmp_path / "nowhere")
-    for nothing in ("notes.txt", "*.gif"):
-        with pytest.raises(DataError, match="no picture"):
+    for nothing in ("notes.txt", "*.tga"):
+        with pytest.raises(DataError, match="no image found"):
             find_images(tmp_path / nothing)
 
 
@@ -356,7 +357,7 @@ def test_a_plain_data_loader_takes_the_data_set_by_index(tmp_path, workers):
 def test_names_that_count_alike_have_one_order_whatever_the_folder_says(tmp_path):
     names = ["A.jpg", "a.jpg", "scene01_1.png", "scene1_01.png", "scene1_2.png"]
     paths = [tmp_path / name for name in names]
-    assert reading._pictures(paths) == reading._pictures(paths[::-1]) == paths
+    assert finding.in_natural_order(paths) == finding.in_natural_order(paths[::-1]) == paths
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights there")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.labels import Encoding, MaskStats, choose_encoding, parse_labels
+from datasets.infer import choose_encoding
+from datasets.labels import Encoding, MaskStats, parse_labels
 from datasets.reading import read_mask
 
 RNG = np.random.default_rng(0)
@@ -180,7 +181,7 @@ def test_a_few_strays_do_not_change_what_the_masks_are():
 def test_a_map_to_start_from_keeps_every_class_that_has_its_own_value():
     masks = [stats(np.r_[np.repeat(np.arange(1, 13), 9), 0])]  # 0 is the rarest
     with pytest.raises(
-        ValueError, match=r"nothing stands for class 0.*'0=0,1=1,.*,10=10,11=ignore,12=ignore'"
+        ValueError, match=r"(?s)nothing stands for class 0.*'0=0,1=1,.*,10=10,11=ignore,12=ignore'"
     ):
         choose_encoding(masks, 11, 255, "11=ignore")
 

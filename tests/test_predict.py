@@ -21,7 +21,7 @@ import predict
 import train
 from config import Config
 from datasets import fit, read_image
-from datasets.large import LargePicture, picture_size
+from datasets.large import LargeImage, read_size
 from metrics import ConfusionMatrix, predicted_ids
 from models import MODELS, build_model, fold_batch_norm, load_model
 from predict import Args
@@ -318,7 +318,7 @@ def turned_picture(path, mode, turn):
 def test_rows_and_fitted_pictures_equal_those_of_reading_at_once(tmp_path, mode, turn):
     path = tmp_path / "picture.png"
     turned_picture(path, mode, turn)
-    with LargePicture(path, 3) as picture:
+    with LargeImage(path, 3) as picture:
         height = picture.size[0]
         rows = [picture.rows(top, min(top + 32, height)) for top in range(0, height, 32)]
         fitted, box = picture.fitted((64, 96), "letterbox")
@@ -334,7 +334,7 @@ def test_rows_and_fitted_pictures_equal_those_of_reading_at_once(tmp_path, mode,
 def test_a_pictures_size_is_that_of_the_picture_as_read(tmp_path, ending, turn):
     path = tmp_path / f"picture.{ending}"
     turned_picture(path, "RGB", turn)
-    assert picture_size(path) == read_image(path).shape[:2]
+    assert read_size(path) == read_image(path).shape[:2]
 
 
 def test_whether_a_picture_is_large_is_told_without_decoding_it(tmp_path):
@@ -347,7 +347,7 @@ def test_whether_a_picture_is_large_is_told_without_decoding_it(tmp_path):
 def test_a_wide_picture_is_reduced_by_few_rows_at_a_time(tmp_path):
     sizes = []
 
-    class Watched(LargePicture):
+    class Watched(LargeImage):
         def rows(self, top, bottom):
             sizes.append((bottom - top) * self.size[1])
             return super().rows(top, bottom)
@@ -681,5 +681,5 @@ def test_a_large_picture_that_is_truncated_is_named(tmp_path):
     path = tmp_path / "cut.png"
     turned_picture(path, "RGB", 1)
     path.write_bytes(path.read_bytes()[:20000])
-    with pytest.raises(ValueError, match="cut.png"), LargePicture(path, 3) as picture:
+    with pytest.raises(ValueError, match="cut.png"), LargeImage(path, 3) as picture:
         picture.rows(0, 10)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import DataError, check_data, find_images, pair_truth
+from datasets import DataError, check_data, find_images, pair_targets
 from datasets.folder import SegmentationDataset
 
 SIZE = (24, 32)
@@ -156,7 +156,7 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
     "empty split": (
         lambda r: [p.unlink() for p in r.glob("val/*/*")],
         {},
-        ["val/images", "holds no picture"],
+        ["val/images", "holds no image"],
     ),
     "picture without mask": (
         lambda r: (r / "train/masks/p1.png").unlink(),
@@ -164,7 +164,11 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         ["train/images/p1.png", "no mask"],
     ),
     "mask without picture": (lambda r: (r / "val/images/p0.png").unlink(), {}, ["val/masks/p0.png"]),
-    "unexpected suffix": (suffixed, {}, ["set mask_suffix to '_gt'", "p0_gt.png"]),
+    "unexpected suffix of most": (
+        lambda r: (suffixed(r), (r / "train/masks/p1_gt.png").unlink()),
+        {},
+        ["set --mask_suffix _gt", "p0_gt.png"],
+    ),
     "suffix that is not there": (
         lambda r: None,
         {"mask_suffix": "_mask"},
@@ -192,7 +196,7 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         ["p2.png", "is not a"],
     ),
     "other format": (
-        lambda r: picture().save(r / "train/images/p0.png", format="GIF"),
+        lambda r: picture().save(r / "train/images/p0.png", format="PPM"),
         {},
         ["images/p0.png"],
     ),
@@ -210,14 +214,18 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {},
         ["p1.png", "24 x 32", "20 x 32"],
     ),
-    "mask is turned": (lambda r: save_mask(r / "train/masks/p0.png", IDS.T), {}, ["p0.png", "is turned"]),
+    "mask is turned": (lambda r: save_mask(r / "train/masks/p0.png", IDS.T), {}, ["p0.png", "is rotated"]),
     "EXIF turns the picture": (turned_photo, {}, ["p0.png", "EXIF"]),
     "value outside": (
         lambda r: save_mask(r / "val/masks/p1.png", IDS + (IDS == 2) * 5),
         {},
         ["val/masks/p1.png", "7 ("],
     ),
-    "nothing but ignored": (only_ignored, {}, ["train/masks/p1.png", "all pixels are ignored"]),
+    "nothing but ignored": (
+        lambda r: [save_mask(p, np.full(SIZE, 255)) for p in r.glob("val/masks/*")],
+        {},
+        ["val/masks/p0.png", "all pixels of val are ignored"],
+    ),
     "ids from 1": (lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", i + 1)), {}, ["1=0,2=1,3=2"]),
     "0/255, three classes": (
         lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", (i > 0) * 255)),
@@ -332,7 +340,7 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {},
         ["p0.webp", "lossy WebP"],
     ),
-    "ids of 16 bits a channel": (lambda r: each_mask(r, wide_png), {}, ["p0.png", "16 bits"]),
+    "ids of 16 bits a channel": (lambda r: each_mask(r, wide_png), {}, ["p0.png", "16 bits per channel"]),
     "half transparent ids": (lambda r: each_mask(r, glassy_png), {}, ["p0.png", "half transparent"]),
     "JPEG ids among palettes": (
         lambda r: (
@@ -350,7 +358,7 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
     "0/255 and ignored, three classes": (
         lambda r: each_mask(r, lambda p, i: save_mask(f"{p}.png", (i > 0) * 255)),
         {},
-        ["0=0,255=1", "num_classes 3"],
+        ["--num_classes 2", "num_classes 3", "255 ("],
     ),
     "16-bit values among colours": (
         lambda r: (each_mask(r, colour_png), save_wide(r / "val/masks/p0.png", IDS * 1000)),
@@ -380,35 +388,35 @@ def test_mask_values_without_a_class_come_with_what_to_do(root):
     each_mask(root, lambda path, ids: save_mask(f"{path}.png", ids * 60))
     with pytest.raises(DataError) as caught:
         check_data(root, num_classes=3)
-    *_, remedy = str(caught.value).split(" | ")
-    assert "set labels" in remedy and "as said" not in remedy
+    *_, fix = str(caught.value).split(" | ")
+    assert "set this" in fix and "--labels '0=0,60=1,120=2'" in fix
 
 
 @pytest.mark.parametrize("spread", [palette_png, lambda path, ids: save_mask(f"{path}.png", ids)])
 @pytest.mark.parametrize(
-    "values, settings, remedies",
+    "values, settings, fixes",
     [
         ((0, 1, 5), {"num_classes": 2}, [{"ignore_index": 5}, {"labels": "0=0,1=1,5=ignore"}]),
         ((0, 1, 2, 3, 7, 255), {"num_classes": 4}, [{"labels": "0=0,1=1,2=2,3=3,7=ignore,255=ignore"}]),
         ((*range(20), 30), {"num_classes": 20}, [{"ignore_index": 30}]),
     ],
 )
-def test_the_remedy_for_values_without_a_class_works_as_written(root, values, settings, remedies, spread):
+def test_the_fix_for_values_without_a_class_works_as_written(root, values, settings, fixes, spread):
     wide = np.array(values)[np.indices(SIZE).sum(0) % len(values)]
     colours = [(i, 255 - i, 0) for i in range(256)]
     each_mask(root, lambda path, _: spread(path, wide, *[colours] * (spread is palette_png)))
     with pytest.raises(DataError) as caught:
         check_data(root, **settings)
-    written = [f"{name} {value!r}" for remedy in remedies for name, value in remedy.items()]
-    assert f"| set {' or '.join(written)}, or mend the masks" in str(caught.value)
-    for remedy in remedies:
-        assert check_data(root, **settings, **remedy).class_pixels["train"].all()
+    written = [f"--{name} {value!r}" for fix in fixes for name, value in fix.items()]
+    assert f"| set {' or '.join(written)}, or fix the masks" in str(caught.value)
+    for fix in fixes:
+        assert check_data(root, **settings, **fix).class_pixels["train"].all()
 
 
-def test_a_lone_stray_value_is_to_be_mended_first(root):
+def test_a_lone_stray_value_is_to_be_fixed_first(root):
     save_mask(root / "val/masks/p1.png", IDS + (IDS == 2) * 5)
     with pytest.raises(
-        DataError, match=r"\| mend it, or set ignore_index 7 or labels '0=0,1=1,2=2,7=ignore'"
+        DataError, match=r"\| fix it, or set --ignore_index 7 or --labels '0=0,1=1,2=2,7=ignore'"
     ):
         check_data(root, num_classes=3)
 
@@ -438,7 +446,7 @@ def test_class_colours_of_other_masks_are_told_once_with_a_map_that_works(root, 
         check_data(root, labels=labels, **settings)
     message = str(caught.value)
     assert "1 problem found" in message and "smoothing" not in message
-    start = message.split("a map to start from: labels '")[1].split("'")[0]
+    start = message.split("--labels '")[1].split("'")[0]
     assert check_data(root, **settings, labels=start).class_pixels["train"].all()
 
 
@@ -455,9 +463,9 @@ def test_a_map_to_start_from_for_damaged_colours_joins_shades_and_snaps(root, su
     each_mask(root, save)
     for path in root.glob("*/images/*"):
         picture(int(path.stem[1:]) + len(str(path.parent)), ids.shape).save(path)
-    with pytest.raises(DataError, match="map to start from: labels 'snap:") as caught:
+    with pytest.raises(DataError, match="--labels 'snap:") as caught:
         check_data(root, num_classes=3, class_colors=class_colors)
-    start = str(caught.value).split("map to start from: labels '")[1].split("'")[0]
+    start = str(caught.value).split("--labels '")[1].split("'")[0]
     assert start.count("=") - start.count("=ignore") == 3
     report = check_data(root, num_classes=3, class_colors=class_colors, labels=start)
     shares = report.class_pixels["train"] / report.class_pixels["train"].sum()
@@ -657,6 +665,8 @@ HANDLED = {  # what is odd: (how to make it, settings, ids of the first training
     "ignored at -1": (lambda r: np_mask(r, IDS), {"ignore_index": -1}, IDS, None),
     "upper case": (lambda r: rename(r, "train/images/p0.png", "train/images/p0.PNG"), {}, IDS, None),
     "mask suffix": (suffixed, {"mask_suffix": "_gt"}, IDS, None),
+    "mask suffix, found": (suffixed, {}, IDS, None),
+    "one mask all ignored": (only_ignored, {}, IDS, "1 of 3 masks are ignored everywhere"),
     "a stem that is a pattern": (lambda r: strange_name(r, "[a-z]*(1)?"), {}, IDS, None),
     "dots and umlauts": (lambda r: strange_name(r, "à la.v2.jpg ü"), {}, IDS, None),
     "system files": (
@@ -768,13 +778,13 @@ def test_many_problems_are_cut_a_kind_and_counted(root):
     with pytest.raises(DataError) as caught:
         check_data(root, num_classes=3)
     message = str(caught.value)
-    assert "no picture (20)" in message and "and 15 more" in message and "unreadable (1)" in message
+    assert "no image (20)" in message and "and 15 more" in message and "unreadable (1)" in message
 
 
 def test_second_check_reads_no_file_and_sees_a_changed_one(root, tmp_path, monkeypatch):
     memory = tmp_path / "memory"
     first = check_data(root, num_classes=3, cache_dir=memory)
-    monkeypatch.setattr("datasets.preflight.load_image", lambda *a, **k: pytest.fail("a known file was read"))
+    monkeypatch.setattr("datasets.scan._look_at_image", lambda *a, **k: pytest.fail("a known file was read"))
     second = check_data(root, num_classes=3, cache_dir=memory)
     assert second.fingerprint == first.fingerprint and second.describe() == first.describe()
     save_mask(root / "train/masks/p0.png", IDS * 0 + 9)
@@ -823,16 +833,16 @@ def test_progress_sees_every_file(root):
 def test_truth_is_paired_by_stem_and_checked(root):
     report = check_data(root, num_classes=3)
     images = find_images(root / "val/images")
-    masks = pair_truth(images, root / "val/masks", "", report.encoding)
+    masks = pair_targets(images, root / "val/masks", "", report.encoding)
     assert [path.name for path in masks] == ["p0.png", "p1.png"]
     save_mask(root / "val/masks/p1.png", IDS + 4)
     with pytest.raises(DataError, match=r"p1\.png.*value"):
-        pair_truth(images, root / "val/masks", "", report.encoding)
+        pair_targets(images, root / "val/masks", "", report.encoding)
     (root / "val/masks/p0.png").unlink()
     with pytest.raises(DataError, match=r"no p0\.\*"):
-        pair_truth(images, root / "val/masks", "", report.encoding)
+        pair_targets(images, root / "val/masks", "", report.encoding)
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        pair_truth(images, root / "elsewhere", "", report.encoding)
+        pair_targets(images, root / "elsewhere", "", report.encoding)
 
 
 @pytest.mark.parametrize("labels", ["auto", "snap"])
@@ -856,7 +866,7 @@ def test_a_truth_of_lossy_ids_is_refused(root):
     report = check_data(root, num_classes=3)
     save_mask(replace(root / "val/masks/p0.png", root / "val/masks/p0.jpg"), IDS * 0)
     with pytest.raises(DataError, match=r"p0\.jpg.*is a JPEG"):
-        pair_truth(find_images(root / "val/images"), root / "val/masks", "", report.encoding)
+        pair_targets(find_images(root / "val/images"), root / "val/masks", "", report.encoding)
 
 
 @pytest.mark.parametrize("forms", [("NFD", "NFC"), ("NFC", "NFD")])
@@ -872,7 +882,7 @@ def test_names_that_look_alike_are_paired_however_their_accents_are_written(root
     report = check_data(root, num_classes=3, mask_suffix=suffix)
     assert len(report.val) == 2
     images = find_images(root / "val/images")
-    masks = pair_truth(images, root / "val/masks", suffix, report.encoding)
+    masks = pair_targets(images, root / "val/masks", suffix, report.encoding)
     assert masks == [pair.mask for pair in report.val]
 
 
@@ -927,7 +937,7 @@ def test_of_a_mask_that_holds_thousands_of_values_few_are_remembered(tmp_path):
             (tmp_path / "data" / split / kind).mkdir(parents=True)
             Image.fromarray(array).save(tmp_path / "data" / split / kind / "a.png")
     (tmp_path / "cache").mkdir()
-    with pytest.raises(DataError, match="stray|wants ids"):
+    with pytest.raises(DataError, match="expects ids"):
         check_data(tmp_path / "data", num_classes=2, cache_dir=tmp_path / "cache")
     (memory,) = (tmp_path / "cache").iterdir()
     assert memory.stat().st_size < 20_000

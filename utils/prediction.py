@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from datasets import Box, Encoding, fit, read_image
 from datasets.fitting import resize_mask
-from datasets.large import LargeMask, LargePicture, picture_size
+from datasets.large import LargeImage, LargeMask, read_size
 from datasets.reading import load_fitted
 from metrics import ConfusionMatrix, predicted_ids
 from models import prepare_for_inference
@@ -162,7 +162,7 @@ def predict_all(job: Job) -> ConfusionMatrix | None:
 def is_large(path: Path, classes: int) -> bool:
     """Return whether an image is predicted in strips; an unreadable file is reported when it is read."""
     try:
-        height, width = picture_size(path, upright=False)
+        height, width = read_size(path, upright=False)
     except (ValueError, OSError):
         return False
     return height * width * max(4, classes) > LARGE
@@ -201,11 +201,12 @@ def read_for_network(job: Job, path: Path) -> tuple[np.ndarray, Box, np.ndarray 
     """Return an image as the network sees it, its region in that, and the image that is drawn on."""
     channels = job.info.architecture["in_channels"]
     resize = "crop" if job.options.window else job.info.resize
-    fitted, box, whole = load_fitted(path, channels, job.info.image_size, resize)
+    max_value = getattr(job.info, "max_value", None)  # early checkpoints have none
+    fitted, box, whole = load_fitted(path, channels, job.info.image_size, resize, max_value)
     if not job.options.overlay:
         return fitted, box, None
     if whole.shape[:2] != (box.original_height, box.original_width):  # a JPEG that was decoded smaller
-        whole = read_image(path, channels)
+        whole = read_image(path, channels, max_value)
     return fitted, box, whole
 
 
@@ -213,7 +214,8 @@ def predict_large(job: Job, image: PredictedImage) -> PredictedImage:
     """Predict an image whose logits never are in memory at once; it is decoded, but not made an array."""
     options, predictor = job.options, job.predictor
     try:
-        with LargePicture(image.path, job.info.architecture["in_channels"]) as large:
+        max_value = getattr(job.info, "max_value", None)
+        with LargeImage(image.path, job.info.architecture["in_channels"], max_value) as large:
             canvas = large.reduced(OVERLAY_SIDE) if options.overlay else None
             if options.window:
                 batch = 1 if predictor.device.type == "cpu" else options.batch_size  # a CPU gains nothing
