@@ -35,9 +35,10 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in_channels, h, w) to (N, 256, h, w)."""
+        image = self.image_pooling(x)  # (N, 256, 1, 1)
         branches = [self.conv1x1(x), *(conv(x) for conv in self.atrous)]
-        image = self.image_pooling(x).expand_as(branches[0])  # 1x1 → h x w, as resizing would give
-        return self.dropout(self.project(torch.cat([*branches, image], dim=1)))  # 1280 → 256
+        branches.append(image.expand_as(branches[0]))  # as resizing would give
+        return self.dropout(self.project(torch.cat(branches, dim=1)))  # 1280 → 256
 
 
 class DeepLabV3Plus(nn.Module):

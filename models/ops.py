@@ -3,6 +3,8 @@
 Both forms of a pair give the same result up to rounding, and the same gradients. `FORMS` names the pairs and
 holds the only place where a form is chosen; `override` forces one, for tests and benchmarks. While
 `torch.export` or `torch.fx` records a network, standard operations without branches on a size are used.
+Measured gains are the plain form's CPU time over the fast one's, forward and backward, channels_last, batch 4
+(convolutions for prediction: forward, batch 1), on one thread of an AMD EPYC with avx512_bf16, torch 2.14.
 """
 
 import itertools
@@ -129,7 +131,7 @@ def inner_kernel(
     """Return the weights of a size-keeping convolution that can touch a map of `size`, and their padding.
 
     The others only ever see padding. Torch's gradient of such weights is wrong in bfloat16 on CPUs (2.10 to
-    2.14; 7x7 on maps of one or two rows). Gain for FCN's fc6 on a map of 4x4, float32: 1.5 times.
+    2.14; 7x7 on maps of one or two rows). No gain in speed: 0.97 for FCN's fc6 on a map of 4x4, float32.
     """
     slices, padding = [], []
     for kernel, side, step in zip(weight.shape[2:], size, dilation, strict=True):
@@ -142,8 +144,8 @@ def inner_kernel(
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """`F.conv2d(x, weight, bias, padding=dilation, dilation=dilation, groups=channels)` of a 3x3 kernel.
 
-    Torch's own on CPUs (2.10 to 2.14) is up to ten times slower, and in bfloat16 the gradient of its weights
-    is wrong, up to 1e36, on channels_last maps of 32x32 and more.
+    Torch's gradient of the weights is wrong in bfloat16 on CPUs, up to 1e36, on channels_last maps of 32x32
+    and more (2.10 to 2.14). Gain for 512 channels of 32x32, rate 6: 1.4 in bfloat16, 0.9 in float32.
     """
     if torch.is_autocast_enabled("cpu"):
         x, weight = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (x, weight))
@@ -200,7 +202,8 @@ def upsample_concat_conv(maps: Sequence[Tensor], weight: Tensor, bias: Tensor | 
 
     Resizing and convolution are linear and commute: the nine kernel positions are applied to a coarse map as
     1x1 convolutions, and two small matrix products resize, shift and sum the results. That takes a tenth or
-    less of the multiplications for the channels of the coarse maps.
+    less of the multiplications for the channels of the coarse maps. Gain for DeepLabv3+'s convolution at
+    64x64: 3.1 in float32; for that of PSPNet with ResNet18 at 32x32: 1.9, and 1.7 in bfloat16.
     """
     weights = weight.split([x.shape[1] for x in maps], dim=1)
     at_size = next(index for index, x in enumerate(maps) if x is like)
@@ -233,11 +236,11 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
     By products (form `resize`): on CUDA the gradient of `F.interpolate` is summed by atomic additions in the
     gradient's own dtype, which is inexact in bfloat16, slow, and different in every run. Not measured on a
-    GPU yet. CPUs keep `F.interpolate`, which is fast there.
+    GPU yet. CPUs keep `F.interpolate`: products gain 0.6 there (12 classes, 64x64 to 256x256, float32).
 
     Gradient (form `resize_backward`): that of a map that was concatenated with others is a slice of the
-    channels of theirs, which `F.interpolate` takes six times as long for in channels_last (CPU, torch 2.14)
-    as for a copy of it.
+    channels of theirs, which is slow in channels_last; a copy is taken first. Gain for 256 channels from
+    16x16 to 64x64 beside 48 others: 1.1 in float32, concatenation included.
     """
     if chosen("resize", x):
         return _resize_by_products(x, size)
@@ -336,7 +339,8 @@ def max_unpool2d(x: Tensor, indices: Tensor) -> Tensor:
     """`F.max_unpool2d(x, indices, 2)`, for indices from `pooling_indices`.
 
     Torch's own converts both arguments to the contiguous format, reads 8 bytes per index, and is refused in
-    deterministic mode, because it cannot know that no index occurs twice. Not measured on a GPU yet.
+    deterministic mode, because it cannot know that no index occurs twice. Not measured on a GPU yet; on a CPU
+    the fast form gains 0.7 to 0.8 with pooling (0.13 for the forward pass), so that torch's own stays.
     """
     if isinstance(indices, torch.fx.Proxy) or indices.dtype != torch.uint8:
         return F.max_unpool2d(x, indices, 2)
@@ -415,7 +419,8 @@ def inference_conv(conv: nn.Conv2d) -> nn.Module:
 def _dilated_pointwise(conv: nn.Conv2d) -> nn.Conv2d:
     """Return a 1x1 convolution with a dilation of 2, which has no effect on 1x1.
 
-    On one thread torch computes it by oneDNN then, twice as fast as otherwise (2.10 to 2.14).
+    Torch then computes it by oneDNN on one thread, too (2.10 to 2.14). Gain for 256 channels of 64x64: 1.1 in
+    float32.
     """
     sizes = conv.in_channels, conv.out_channels, 1, conv.stride, conv.padding
     with torch.device("meta"):
@@ -443,7 +448,7 @@ class WinogradConv2d(nn.Module):
               [0  4  0 -5  0  1]        [   0     0    1]
 
     The result differs by rounding: by 2e-6 of its size in float32, and by 1e-2 in bfloat16, where that of
-    `nn.Conv2d` differs by 3e-3.
+    `nn.Conv2d` differs by 3e-3. Gain for 256 channels of 64x64: 1.6 in float32.
 
     Shape:
         images (N, in_channels, H, W) → (N, out_channels, H, W), channels last.
