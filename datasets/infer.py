@@ -42,14 +42,6 @@ class MaskSet:
     label_map: LabelMap = field(default_factory=LabelMap)
     declared: list[int] = field(default_factory=list)  # class_colors, packed
     warnings: list[str] = field(default_factory=list)
-    grey_palettes: bool = field(default=False, init=False)
-
-    def __post_init__(self):
-        palettes = [mask for mask in self.masks if mask.kind == "palette"]
-        shifted = any(key * 0x010101 != colour for mask in palettes for key, colour in _shown(mask))
-        if shifted and all(mask.shows_greys for mask in palettes):  # the value is the grey, and not the index
-            self.grey_palettes = True
-            self.masks = [_by_grey(mask) if mask.kind == "palette" else mask for mask in self.masks]
 
     @cached_property
     def has_colours(self) -> bool:
@@ -72,7 +64,8 @@ class MaskSet:
     @property
     def is_damaged(self) -> bool:
         """True when a colour may be a shade of another: a file says so, or there are too many."""
-        return any(mask.damage for mask in self.masks) or len(self.counts) > MOST_COLOURS
+        is_shaded = self.has_colours and len(self.counts) > MOST_COLOURS
+        return is_shaded or any(mask.damage for mask in self.masks)
 
     def encoding(self, kind: str, table: dict, palette: tuple = (), ranges: tuple = ()) -> Encoding:
         """An encoding of these settings; None in the table stands for ignored."""
@@ -80,7 +73,7 @@ class MaskSet:
         ranges = tuple((*row[:2], self.ignore_index if row[2] is None else row[2], row[3]) for row in ranges)
         snap = self.label_map.snap and kind not in ("indices", "palette")  # between ids nothing is near
         names = (kind, self.num_classes, self.ignore_index)
-        return Encoding(*names, tuple(sorted(own)), snap, palette, ranges, self.grey_palettes)
+        return Encoding(*names, tuple(sorted(own)), snap, palette, ranges)
 
 
 class EncodingError(ValueError):
@@ -213,8 +206,8 @@ def by_black_and_white(masks: MaskSet) -> Encoding | None:
     values, counts = set(masks.counts), masks.counts
     ends = sum(count for value, count in counts.items() if min(abs(value), abs(value - 255)) <= NEAR)
     has_white = any(abs(value - 255) <= NEAR for value in values)
-    is_damaged = masks.label_map.snap or values == {0, 255} or len(values) > 8
-    is_damaged |= any(mask.damage for mask in masks.masks)
+    is_smooth = len(values) > 8 and any(255 - NEAR <= value < 255 for value in values)  # no instance ids
+    is_damaged = masks.label_map.snap or values == {0, 255} or is_smooth or masks.is_damaged
     if masks.num_classes == 2 and has_white and is_damaged and ends >= 0.8 * counts.total():
         encoding = masks.encoding("binary", {0: 0, 255: 1})  # strays are snapped, or named file by file
         _warn_of_other_colours(masks, encoding, {0: 0, 255: 0xFFFFFF}, "value")
@@ -293,7 +286,7 @@ def refuse_incomplete(masks: MaskSet, encoding: Encoding) -> None:
 def refuse_far_values(masks: MaskSet, encoding: Encoding) -> None:
     """Raise ValueError where the encoding snaps values that damage cannot explain."""
     if encoding.snap:
-        counts, colours = masks.counts, encoding.kind == "colours"
+        counts, colours = masks.counts, encoding.as_colours
         common = np.array([raw for raw, count in counts.items() if count > RARE * counts.total()])
         far = common[nearest(common, dict(encoding.table), colours)[1] > NEAR].tolist()
         if large := Counter({raw: counts[raw] for raw in far}):  # damage is near, or rare
@@ -317,15 +310,6 @@ def _share_beyond(reach: int, counts: Counter, known: dict, declared: dict) -> f
 def _shown(mask: MaskStats) -> Iterator[tuple[int, int]]:
     """(key, colour) of a palette mask."""
     return zip(mask.keys, mask.colours or [], strict=False)
-
-
-def _by_grey(mask: MaskStats) -> MaskStats:
-    """A mask with a palette of greys, its keys the greys."""
-    greys: Counter = Counter()
-    for (_, colour), count in zip(_shown(mask), mask.counts, strict=True):
-        greys[colour & 255] += count
-    keys = sorted(greys)
-    return MaskStats("grey", keys, [greys[key] for key in keys], damage=mask.damage)
 
 
 def _one_palette(masks: list[MaskStats]) -> dict[int, int]:
@@ -394,7 +378,7 @@ def class_shares(masks: MaskSet) -> list[float] | None:
         encoding = infer(masks)
     except ValueError:
         return None
-    counts = masks.count(encoding.kind == "colours")
+    counts = masks.count(encoding.as_colours)
     ids = encoding.lookup(np.array([*counts]))
     if (ids == UNKNOWN).any() or (encoding.is_dense and any(mask.damage for mask in masks.masks)):
         return None

@@ -134,7 +134,6 @@ class Encoding:
     # of kind palette: 0xRRGGBB by index, for `decode`
     palette: tuple[int, ...] = field(default=(), repr=False)
     ranges: tuple[tuple[int, int, int, int], ...] = ()  # (lowest raw, highest raw, id of the lowest, id step)
-    grey_palettes: bool = False  # palettes of greys: the grey shown is the value, and not the index
 
     @property
     def dtype(self) -> np.dtype:
@@ -144,12 +143,12 @@ class Encoding:
     @property
     def as_colours(self) -> bool:
         """True when palette masks are to be read as the colours that they show."""
-        return self.kind == "colours" or self.grey_palettes
+        return self.kind == "colours"
 
     @property
     def is_dense(self) -> bool:
         """True when raw values lie side by side: damage turns one into another, which nobody notices."""
-        if self.kind == "colours":
+        if self.as_colours:
             return False
         return bool(self.ranges) or bool((np.diff([raw for raw, _ in self.table]) == 1).any())
 
@@ -160,7 +159,7 @@ class Encoding:
             known, own = np.array(self.table, np.int64).T
             if self.snap:
                 values, inverse = np.unique(raws, return_inverse=True)
-                raws = nearest(values, known, self.kind == "colours")[0][inverse].reshape(raws.shape)
+                raws = nearest(values, known, self.as_colours)[0][inverse].reshape(raws.shape)
             found = np.searchsorted(known, raws).clip(max=len(known) - 1)
             ids = np.where(known[found] == raws, own[found], UNKNOWN)
         for low, high, first, step in self.ranges:
@@ -174,7 +173,7 @@ class Encoding:
         Raises:
             ValueError: the mask holds values that the table lacks; says which and how many.
         """
-        if self.kind == "colours":
+        if self.as_colours:
             keys = pack(raw) if raw.ndim == 3 else pack_greys(raw)
         elif raw.ndim == 2 or (raw == raw[..., :1]).all():
             keys = raw if raw.ndim == 2 else raw[..., 0]
@@ -185,7 +184,7 @@ class Encoding:
         if keys.dtype == np.uint8:  # one byte per pixel throughout
             ids, unknown = ids.take(keys), unknown.take(keys)
         if unknown.any():
-            strays = listing(Counter(keys[unknown].tolist()), self.kind == "colours")
+            strays = listing(Counter(keys[unknown].tolist()), self.as_colours)
             raise ValueError(f"holds {strays}; known are {self.describe()}.")
         return ids
 
@@ -203,7 +202,7 @@ class Encoding:
         raws = reverse.lookup(ids)
         if (missing := np.unique(ids[raws == UNKNOWN])).size:
             raise ValueError(f"class ids {missing} have no value in {self.describe()}. Use encoding index.")
-        if self.kind == "colours":
+        if self.as_colours:
             return Image.fromarray((raws[..., None] >> [16, 8, 0]).astype(np.uint8))
         own = [raw for id_, raw in inverse.items() if id_ != self.ignore_index]
         lowest, largest = min(own), max(own)  # so that all files of a set are of one type
@@ -217,10 +216,9 @@ class Encoding:
     def to_dict(self) -> dict:
         """Plain values, for a checkpoint."""
         values = json.loads(json.dumps(asdict(self)))
-        optional = {"ranges": [], "grey_palettes": False}  # so that runs without them keep their fingerprint
-        return {
-            name: value for name, value in values.items() if name not in optional or value != optional[name]
-        }
+        if not self.ranges:  # so that runs without them keep their fingerprint
+            del values["ranges"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict) -> "Encoding":
@@ -234,13 +232,12 @@ class Encoding:
             name = "palette" if self.kind == "palette" else "class"
             line = f"{name} indices 0..{self.num_classes - 1}, {self.ignore_index} ignored"
         else:
-            named = [(raw_name(raw, self.kind == "colours"), id_, id_) for raw, id_ in self.table]
+            named = [(raw_name(raw, self.as_colours), id_, id_) for raw, id_ in self.table]
             named += [
                 (f"{low}-{high}", id_, id_ + step * (high - low)) for low, high, id_, step in self.ranges
             ]
             shown = [f"{name} → {self._id_name(first, last)}" for name, first, last in named]
             line = f"{'colours' if self.kind == 'colours' else 'values'} {shorten(shown)}"
-        line += ", palettes of greys by the grey" * self.grey_palettes
         return line + (", strays to the nearest" if self.snap else "")
 
     def _id_name(self, first: int, last: int) -> str:
@@ -303,7 +300,6 @@ class MaskStats:
     counts: list[int]  # pixels of each
     colours: list[int] | None = None  # of a palette: the packed colour of each key
     damage: str = ""  # what may have altered values unseen, see `reading.load_mask`
-    shows_greys: bool = False  # a palette in which all colours are greys
 
     def read_as(self, colours: bool) -> list[int]:
         """The keys as packed colours, or as values."""

@@ -86,7 +86,9 @@ class DataReport:
         rarest = np.argmin(np.where(train > 0, train, np.inf))
         if train.max() > 20 * train[rarest]:
             times = f"{train.max() / train[rarest]:.0f} times the pixels of {self.class_names[rarest]}"
-            way = "--joint_ce weighted_ce (with loss joint) or --loss weighted_ce helps rare classes"
+            way = (
+                "to weight rare ones more, set --joint_ce weighted_ce (with loss joint) or --loss weighted_ce"
+            )
             lines.append(f"hint: the commonest class has {times}; {way}")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
@@ -312,12 +314,10 @@ def count_classes(
     problems: Problems,
 ) -> None:
     """Fill `counts` and `empty` of each split; note values without a class and ids that may be damaged."""
-    colours = encoding.kind == "colours"
+    colours = encoding.as_colours
     mask_set = MaskSet(
         [*masks.values()], encoding.num_classes, encoding.ignore_index, parse_labels(labels), declared
     )
-    if mask_set.grey_palettes:
-        masks = dict(zip(masks, mask_set.masks, strict=True))
     raws = np.array([*mask_set.count(colours)])
     ids = dict(zip(raws.tolist(), encoding.lookup(raws).tolist(), strict=True))
     fix = _stray_fix(problems.root, masks, mask_set, encoding, ids) if UNKNOWN in ids.values() else ""
@@ -338,7 +338,7 @@ def _count_mask(
     mask: Path, stats: MaskStats, encoding: Encoding, ids: dict, fixes: tuple[str, str], problems: Problems
 ) -> list[int] | None:
     """Pixels of each class in one mask; None where it has a problem, which is noted."""
-    counts, strays, colours = [0] * encoding.num_classes, Counter(), encoding.kind == "colours"
+    counts, strays, colours = [0] * encoding.num_classes, Counter(), encoding.as_colours
     for raw, count in zip(stats.read_as(colours), stats.counts, strict=True):
         if ids[raw] == UNKNOWN:
             strays[raw] += count
@@ -471,7 +471,7 @@ def _stray_fix(
     root: Path, masks: dict[Path, MaskStats], mask_set: MaskSet, encoding: Encoding, ids: dict
 ) -> str:
     """What to do about values without a class; each setting that it names was tried on the counts."""
-    colours = encoding.kind == "colours"
+    colours = encoding.as_colours
     strays = {raw for raw, id_ in ids.items() if id_ == UNKNOWN}
     spoilt = [mask for mask in masks.values() if not strays.isdisjoint(mask.read_as(colours))]
     if (mixture := _mixture(root, masks)) and all(mask.kind != "colour" for mask in spoilt):  # ids, it seems
@@ -491,7 +491,7 @@ def _stray_fix(
 
 def _snap_fix(mask_set: MaskSet, encoding: Encoding) -> str:
     """The setting that takes stray values to the nearest declared one, where it was tried and works."""
-    colours, labels = encoding.kind == "colours", "snap"
+    colours, labels = encoding.as_colours, "snap"
     if not mask_set.label_map.is_auto:
         table = {raw: None if id_ == encoding.ignore_index else id_ for raw, id_ in encoding.table}
         labels = write_labels(table, colours, snap=True)

@@ -137,7 +137,7 @@ def load_mask(
     """As `read_mask`, and what else preflight asks of the file; `data` are its bytes, where at hand.
 
     Returns:
-        (raw, palette, damage): palette is a list of 256 or fewer 0xRRGGBB for a palette mask, else None;
+        (raw, palette, damage): palette is a list of 0xRRGGBB for a palette of colours, else None;
         damage says what may have altered values, such as 'is a JPEG', or nothing.
     """
     path = Path(path)
@@ -148,12 +148,10 @@ def load_mask(
         if isinstance(image, Deferred):
             return mask_samples(image.decode()), None, ""
         with image:
-            palette = None
-            if image.mode == "P":
-                colors = np.array(image.getpalette("RGB"), np.int64).reshape(-1, 3)
-                palette = (colors @ (65536, 256, 1)).tolist()
             damage = mask_damage(image, path, data)
-            return mask_values(upright_mask(image), as_colours), palette, damage
+            mask = upright_mask(image)
+            palette = palette_of(mask).tolist() if mask.mode == "P" else None
+            return mask_values(mask, as_colours), palette, damage
 
 
 @contextmanager
@@ -350,9 +348,22 @@ def mask_samples(samples: Samples) -> np.ndarray:
 
 
 def upright_mask(image: Image.Image) -> Image.Image:
-    """The decoded mask, rotated as EXIF says; the transparency of single values or indices does not count."""
+    """The decoded mask, rotated as EXIF says; the transparency of single values or indices is ignored.
+
+    A palette of greys alone, as PNG optimisers and GIF make of grey masks, is read by the greys that it shows.
+    """
     image.info.pop("transparency", None)
-    return with_plain_alpha(upright_image(image))
+    image = with_plain_alpha(upright_image(image))
+    if image.mode == "P":
+        colours = palette_of(image)
+        if (colours == (colours & 255) * 0x010101).all():
+            return image.convert("L")
+    return image
+
+
+def palette_of(image: Image.Image) -> np.ndarray:
+    """The colours of a palette image by index, 0xRRGGBB."""
+    return np.array(image.getpalette("RGB"), np.int64).reshape(-1, 3) @ (65536, 256, 1)
 
 
 def mask_values(image: Image.Image, as_colours: bool) -> np.ndarray:

@@ -162,7 +162,6 @@ def _look_at_mask(file: Path, data: bytes, options: ScanOptions) -> dict:
     stats = {"kind": kind, "keys": keys, "counts": counts.tolist(), "damage": damage}
     if palette is not None:
         stats["colours"] = [palette[key] if key < len(palette) else 0 for key in keys]
-        stats["shows_greys"] = all(colour == (colour & 255) * 0x010101 for colour in palette)
     return {"size": list(raw.shape), "stats": stats}
 
 

@@ -53,7 +53,7 @@ def test_a_run_killed_at_five_moments_ends_with_the_same_weights(data, tmp_path,
             wait_for(lambda: last.exists() and last.stat().st_mtime_ns > before, process, 20)  # noqa: B023
             time.sleep(draw.random() * 0.03)
             if kills % 2:  # while it writes a checkpoint
-                wait_for(lambda: any(folder.glob(".last.pt.*")), process, 1)
+                wait_for(lambda: any(folder.glob(".*.writing")), process, 1)
             process.kill()
             kills += 1
         process.join()

@@ -1,12 +1,14 @@
-"""Files that are whole or not there: everything this program writes goes through `write_atomic`.
+"""Atomic writes: everything this program writes goes through `write_atomic`.
 
-A file is written under a hidden name beside its place, flushed to the disk, then renamed, so that a kill, a
+A file is written under a hidden name beside its target, flushed to the disk, then renamed, so that a kill, a
 full disk or a power cut leaves either the old file or the new one. Checkpoints are read in
 `models/checkpoint.py`.
 """
 
+import errno
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,17 +17,18 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-TEMPORARY = ".writing"  # ending of a file that is not whole yet
+TEMPORARY = ".writing"  # ending of a file that is not complete yet
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # some network and FUSE mounts
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], Any], sync: bool = True) -> None:
-    """Let `write` fill a temporary file, then put it in the place of `path` in one move.
+    """Let `write` fill a temporary file, then rename it to `path`.
 
-    Without `sync` it is not flushed to the disk; for many files, `flush_to_disk` does that once at the end.
-
-    An OSError (no room, no right, no folder) names `path`, and what stood there still stands.
+    Without `sync` the file is not flushed to the disk; `flush_to_disk` does that once for many files. An
+    OSError (no room, no right, no folder) names `path`, and the file that was there is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    # shorter than any name that the file system takes for `path` itself
+    temporary = path.with_name(f".{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -34,18 +37,18 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any], sync: bool = True
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        with suppress(OSError):  # it may be the folder that fails
+        with suppress(OSError):  # the folder itself may fail
             temporary.unlink()
         if isinstance(error, OSError):
             error.filename = str(path)
         raise
     if sync:
-        _flush_folder(path.parent)  # the rename, too, lasts through a power cut
+        _flush_folder(path.parent)  # so that the rename survives a power cut as well
 
 
 def flush_to_disk(paths: Iterable[Path]) -> None:
     """Flush files that were written without `sync`, and their folders, each once."""
-    files = set(paths)
+    files = {path for path in paths if path.exists()}
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
@@ -54,12 +57,18 @@ def flush_to_disk(paths: Iterable[Path]) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Flush a folder to the disk; where folders cannot be flushed, do nothing."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            error.filename = str(folder)
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,13 +105,13 @@ def save_atomic(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half written in a run's folder and the folders right below it."""
+    """Remove the incomplete files that a killed process left in a run's folder and the folders below it."""
     for left in [*folder.glob(f".*{TEMPORARY}"), *folder.glob(f"*/.*{TEMPORARY}")]:
         left.unlink(missing_ok=True)
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under the names that the model's file gives, without what wrappers put in front."""
+    """The state dict under the names of the model's own file, without the prefixes of wrappers."""
     return {
         name.replace("_orig_mod.", "").removeprefix("module."): value.detach()
         for name, value in model.state_dict().items()
@@ -110,12 +119,12 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def first_non_finite(weights: dict[str, Tensor]) -> str | None:
-    """Name of the first tensor that holds NaN or infinity; None where all are finite."""
+    """The name of the first tensor that holds NaN or infinity; None where all are finite."""
     return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
 
 
 def load_fitting(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, str]:
-    """Load the weights whose name and shape fit into `model`; the other names of both, and why not."""
+    """Load the weights that fit into `model` by name and shape; return the other names, with the reason."""
     own, fitting, skipped = model.state_dict(), {}, {}
     for name, value in weights.items():
         if name not in own:
