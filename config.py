@@ -277,7 +277,7 @@ class Config:
             fix = f"Set it to the masks' value for void, or to {unused} if they have none"
             if self.ignore_index == 0 and self.num_classes <= 64:  # void is 0, the classes are 1 to N
                 labels = ",".join(["0=ignore", *(f"{c}={c - 1}" for c in range(1, self.num_classes + 1))])
-                fix = f"If 0 is void and the classes are 1 to {self.num_classes}, set labels to {labels}"
+                fix = f"If 0 is void and the classes are 1 to {self.num_classes}: --labels '{labels}'"
             ids = f"(0 to {self.num_classes - 1})"
             yield f"ignore_index must not be a class id {ids}; got {self.ignore_index}. {fix}"
         if self.batch_size % self.accumulate:

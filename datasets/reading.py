@@ -350,7 +350,7 @@ def mask_samples(samples: Samples) -> np.ndarray:
 def upright_mask(image: Image.Image) -> Image.Image:
     """The decoded mask, rotated as EXIF says; the transparency of single values or indices is ignored.
 
-    A palette of greys alone, as PNG optimisers and GIF make of grey masks, is read by the greys that it shows.
+    A palette of greys alone, which PNG optimisers and GIF make of grey masks, is read by its greys.
     """
     image.info.pop("transparency", None)
     image = with_plain_alpha(upright_image(image))

@@ -82,7 +82,7 @@ def test_values_beyond_the_range_of_training_are_refused_and_not_clipped(tmp_pat
 def test_the_range_is_kept_in_the_checkpoint_and_used_by_predict(tmp_path, settings, monkeypatch, capsys):
     root = make(tmp_path / "wide", png, [ramp(4095), ramp(3000), ramp(2000)])
     config = settings(data_root=str(root), in_channels=1, epochs=1)
-    folder = train.main(config)
+    folder = train.main(config).folder
     info = read_checkpoint(folder / "best.pt")["info"]
     assert info["max_value"] == 4095 and info["pairing"]["mask_suffix"] == ""
     seen = []
@@ -101,7 +101,7 @@ def test_the_range_is_kept_in_the_checkpoint_and_used_by_predict(tmp_path, setti
 
 
 def test_an_old_checkpoint_without_a_range_still_predicts(tmp_path, settings, data):
-    folder = train.main(settings(epochs=1))
+    folder = train.main(settings(epochs=1)).folder
     model = load_model(folder / "best.pt")
     for name in ("max_value", "pairing"):
         delattr(model.info, name)

@@ -43,7 +43,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any], sync: bool = True
             error.filename = str(path)
         raise
     if sync:
-        _flush_folder(path.parent)  # so that the rename survives a power cut as well
+        _flush_folder(path)  # so that the rename survives a power cut as well
 
 
 def flush_to_disk(paths: Iterable[Path]) -> None:
@@ -52,20 +52,20 @@ def flush_to_disk(paths: Iterable[Path]) -> None:
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    for folder in {path.parent for path in files}:
-        _flush_folder(folder)
+    for path in {path.parent: path for path in files}.values():
+        _flush_folder(path)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder to the disk; where folders cannot be flushed, do nothing."""
+def _flush_folder(path: Path) -> None:
+    """Flush the folder of a file to the disk; where folders cannot be flushed, do nothing."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in NO_FOLDER_SYNC:
-            error.filename = str(folder)
+            error.filename = str(path)
             raise
     finally:
         os.close(handle)
