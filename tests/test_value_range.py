@@ -11,6 +11,7 @@ import train
 from datasets import DataError, check_data, read_image
 from datasets.folder import SegmentationDataset
 from models import load_model, read_checkpoint
+from utils import prediction
 
 SIZE = (40, 48)
 
@@ -86,13 +87,13 @@ def test_the_range_is_kept_in_the_checkpoint_and_used_by_predict(tmp_path, setti
     info = read_checkpoint(folder / "best.pt")["info"]
     assert info["max_value"] == 4095 and info["pairing"]["mask_suffix"] == ""
     seen = []
-    original = predict.load_fitted
+    original = prediction.load_fitted
 
     def spy(*args):
         seen.append(original(*args))
         return seen[-1]
 
-    monkeypatch.setattr(predict, "load_fitted", spy)
+    monkeypatch.setattr(prediction, "load_fitted", spy)
     (root / "val/images/note.heic").write_bytes(b"x")
     args = {"weights": str(folder), "input": str(root / "val/images"), "output": str(tmp_path / "out")}
     predict.main(predict.Args(**args, truth=str(root / "val/masks")))
