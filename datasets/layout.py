@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,9 +25,12 @@ class Group:
     masks: Path
     image_files: list[Path] = field(default_factory=list)
     mask_files: list[Path] = field(default_factory=list)
+    is_nested: bool = False  # both have sub-folders
 
     def key(self, path: Path) -> str:
         """The sub-folder of a file under images/ or masks/, as text; empty directly below them."""
+        if not self.is_nested:
+            return ""
         base = self.images if self.images in path.parents else self.masks
         return path.parent.relative_to(base).as_posix().removeprefix(".")
 
@@ -48,19 +52,18 @@ def list_group(group: Group, warnings: list[str]) -> list[tuple[str, Path, str, 
         if not folder.is_dir():
             problems.append(("no such folder", folder, "is not a folder", f"data_root is {LAYOUTS}"))
             continue
-        found[folder] = list_files(folder, recursive=True)
+        base = len(str(folder)) + 1
+        found[folder] = [(path, os.sep in str(path)[base:]) for path in list_files(folder, recursive=True)]
     if problems:
         return problems
-    nested = {
-        folder: any(p.parent != folder and is_image(p) for p in files) for folder, files in found.items()
-    }
-    both = all(nested.values())
+    nested = {f: any(below and is_image(path) for path, below in files) for f, files in found.items()}
+    both = group.is_nested = all(nested.values())
     if any(nested.values()) and not both:
         deep, flat = sorted(nested, key=nested.get, reverse=True)
         finding = f"has sub-folders with images, {os.path.join(flat.parent.name, flat.name)} has none"
         problems.append(("sub-folders", deep, finding, "give both the same sub-folders, or neither"))
     for folder, files in found.items():
-        kept = [path for path in files if both or path.parent == folder]
+        kept = [path for path, below in files if both or not below]
         others = [path for path in kept if not is_image(path) and not is_hidden(path)]
         if others:
             example = in_natural_order(others)[0].name
@@ -69,7 +72,7 @@ def list_group(group: Group, warnings: list[str]) -> list[tuple[str, Path, str, 
         if not images and not nested[folder]:
             problems.append(("empty", folder, "holds no image", f"put {' '.join(SUFFIXES)} files there"))
         for path in images:
-            if any("\ud800" <= letter <= "\udfff" for letter in path.name):  # bytes that are not text
+            if re.search("[\ud800-\udfff]", path.name):  # bytes that are not text
                 problems.append(("names", path, "its name is not UTF-8", "rename it"))
         setattr(group, "image_files" if folder == group.images else "mask_files", images)
     return problems

@@ -223,9 +223,8 @@ def _between(stem: str, prefix: str, suffix: str) -> str | None:
 def _by_stem(group: Group, files: list[Path], problems: Problems, kind: str) -> dict[tuple[str, str], Path]:
     """Files by sub-folder and stem; a second file of a stem is a problem, not a choice."""
     stems: dict[tuple[str, str], Path] = {}
-    is_below = group.images != group.masks
     for path in files:
-        key = (group.key(path) if is_below else "", _spelling(path.stem))
+        key = (group.key(path), _spelling(path.stem))
         if key in stems:
             problems.add(kind, path, f"{stems[key].name} has the same stem", "keep one of them")
         stems.setdefault(key, path)

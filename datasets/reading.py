@@ -85,7 +85,7 @@ def decode_image(
             drafted = image.draft(None, wanted)  # mode and crop box, or None
             if drafted and drafted[1][2:] != image.size:  # the last column or row lies partly outside
                 image = image.resize(wanted, Image.Resampling.BILINEAR, drafted[1])
-        image = with_plain_alpha(upright_image(image))
+        image = with_plain_alpha(upright_image(image, orientation))
         image.load()
         return image, size or image.size[::-1], orientation
 
@@ -247,9 +247,11 @@ def orientation_of(image: Image.Image) -> int:
     return value if value in range(1, 9) else 1
 
 
-def upright_image(image: Image.Image) -> Image.Image:
-    """The decoded image, rotated as EXIF says."""
-    return ImageOps.exif_transpose(image) if orientation_of(image) != 1 else image
+def upright_image(image: Image.Image, orientation: int | None = None) -> Image.Image:
+    """The decoded image, rotated as EXIF says; `orientation` where it is known."""
+    if (orientation or orientation_of(image)) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def with_plain_alpha(image: Image.Image) -> Image.Image:
