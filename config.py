@@ -142,7 +142,8 @@ class Config:
     early_stop: int = 0  # [0 or more] stop after this many validations without improvement; 0: never
     monitor: Literal["iou", "dice"] = "iou"  # the mean score that decides which epoch is saved as best.pt
     num_workers: int | None = None
-    # [0 or more] processes that load images; None: 0 where images are cached or the CPU trains, else up to 8
+    # [0 or more] processes that load images; None: 0 on a CPU and for cached images that are only flipped,
+    # else one per core but one, up to 16
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
     seed: int = 0  # [0 to 9223372036854775807] start of every random draw
     sync_batchnorm: bool = False  # batch norm over all processes (GPUs): for few images on each

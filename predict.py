@@ -29,7 +29,7 @@ class Args:
     threshold: float | None = None  # two classes: probability from which a pixel is class 1; None: 0.5
     batch_size: int = 4  # images, or windows, that are computed together
     num_workers: int | None = None  # threads that take images from file to mask; None: 2 on a CPU, whose
-    # cores they share, 8 on a GPU
+    # cores they share, up to 8 on a GPU
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:1, mps
     amp: Literal["auto", "off", "tf32", "bf16", "fp16"] | None = None  # mixed precision; None: as in training
 
@@ -75,7 +75,14 @@ import torch
 from datasets import Encoding, find_images, left_out, pair_targets
 from metrics import ConfusionMatrix
 from models import fold_batch_norm, load_model
-from utils.device import available_cores, describe_device, pick_device, pick_precision, set_backends
+from utils.device import (
+    available_cores,
+    describe_device,
+    is_out_of_memory,
+    pick_device,
+    pick_precision,
+    set_backends,
+)
 from utils.prediction import (
     Job,
     Options,
@@ -108,7 +115,13 @@ def main(args: Args) -> None:
     started = time.perf_counter()
     try:
         total = predict_all(job)
-    except OSError as error:  # of the output, or of a ground truth mask
+    except (OSError, RuntimeError, MemoryError) as error:  # an OSError is the output's, or a ground truth's
+        if is_out_of_memory(error):
+            device = job.predictor.device
+            advice = "Use a smaller batch_size or window, num_workers 1, or amp bf16"
+            raise Fail(f"out of memory on {device}. {advice}; what was written is complete", 1) from error
+        if not isinstance(error, OSError):
+            raise
         raise Fail(f"prediction cannot go on: {error}. What was written before is complete", 1) from error
     try:
         report(job, total, time.perf_counter() - started)

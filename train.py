@@ -57,12 +57,13 @@ from utils.training_state import (
     training_state,
 )
 
-# Settings that may differ when a run is resumed: they do not change its result.
+# Settings that may differ when a run is resumed: they do not change what is trained (a device may round
+# differently).
 CAN_CHANGE = ("num_workers", "device", "cache", "cache_dir", "save_every_minutes", "data_root")
 
 
 class Result(NamedTuple):
-    """What `main` returns; None for both after `check`."""
+    """The result of `main`; both fields are None after `check`."""
 
     folder: Path | None  # of the run
     scores: Scores | None  # of best.pt on the validation images
@@ -81,7 +82,7 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Result:
     devices.keep_freed_memory()
     processes = distributed.read_processes()
     devices.set_threads(processes)
-    with fixable():
+    with fixable(), distributed.reported_once(processes):
         run_folder.try_output(Path(config.output_dir))
         config, folder, saved = resolve_resume(config, given or {})
         device = devices.pick_device(config.device, processes)
@@ -156,7 +157,7 @@ class Data:
 
 @dataclass
 class Run:
-    """What the functions of a run share."""
+    """The objects of a run, passed to the functions below."""
 
     config: Config
     device: torch.device
@@ -165,8 +166,8 @@ class Run:
     folder: Path
     data: Data
     model: nn.Module
-    parallel: nn.Module  # the model; with several processes wrapped, so that gradients are averaged
-    forward: nn.Module  # the same, compiled if the settings say so
+    parallel: nn.Module  # the model, wrapped by DistributedDataParallel if there are several processes
+    forward: nn.Module  # `parallel`, compiled if `compile` is set
     ema: Ema | None
     loss_fn: AuxLoss
     optimizer: torch.optim.Optimizer
@@ -213,7 +214,8 @@ def build_run(
     validator = Validator(
         data.val,
         loss_fn,
-        **config.pick("num_classes", "ignore_index", "batch_size", "channels_last"),
+        **config.pick("num_classes", "ignore_index", "channels_last"),
+        batch_size=max(1, config.batch_size // (config.accumulate * processes.world_size)),
         mean=data.mean,
         std=data.std,
         window=config.image_size if config.resize == "crop" else None,
@@ -287,7 +289,7 @@ def place_model(model: nn.Module, config: Config, device: torch.device, processe
     model.to(device, memory_format=devices.memory_format(config.channels_last, device))
     if config.freeze_backbone:
         model.backbone.requires_grad_(False)
-    return convert_sync_batchnorm(model) if config.sync_batchnorm else model
+    return convert_sync_batchnorm(model) if config.sync_batchnorm and processes.world_size > 1 else model
 
 
 def build_criterion(config: Config, report: DataReport) -> AuxLoss:
@@ -301,7 +303,7 @@ def build_criterion(config: Config, report: DataReport) -> AuxLoss:
 
 
 def start(run: Run) -> None:
-    """Write the settings, draw one augmented batch, and print a summary of the run."""
+    """Write the settings, draw some augmented training images, and print a summary of the run."""
     config, train_set = run.config, run.data.train
     if not run.processes.is_main:
         return
@@ -406,7 +408,10 @@ def train_step(run: Run, images: Tensor, masks: Tensor, epoch: int, step: int) -
         distributed.sum_over(denominator)
         denominator = denominator / processes.world_size  # gradients are averaged, not summed
     total: dict[str, Tensor] = {}
-    parts = list(zip(images.chunk(config.accumulate), masks.chunk(config.accumulate), strict=True))
+    count = 1
+    if config.accumulate > 1:  # the same in all processes, of which some may have one image less
+        count = min(config.accumulate, -distributed.largest([-len(images)])[0])
+    parts = list(zip(images.tensor_split(count), masks.tensor_split(count), strict=True))
     for number, (part, part_masks) in enumerate(parts, start=1):
         inputs = normalize(part, run.data.mean, run.data.std, memory_format(run))
         if config.compile:
@@ -432,7 +437,7 @@ def train_step(run: Run, images: Tensor, masks: Tensor, epoch: int, step: int) -
 
 def set_train_mode(run: Run) -> None:
     """Set training mode, except for a frozen backbone, whose statistics stay as they are."""
-    torch.backends.cudnn.benchmark = not run.config.deterministic  # all batches have one size
+    torch.backends.cudnn.benchmark = not run.config.deterministic  # nearly all batches have one size
     run.model.train()
     if run.config.freeze_backbone:
         run.model.backbone.eval()

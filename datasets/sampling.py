@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ ORDER = 2**32 - 1  # index of the order among an epoch's generators; samples nev
 AHEAD = 2  # batches that are made before they are asked for, in all or per worker process
 MOST_WORKERS = 16
 SHARED_MEMORY = "/dev/shm"  # where worker processes put their batches, on Linux
+FORK = "fork" if sys.platform == "linux" else None  # None: the system's own way to start processes
 
 
 def epoch_batches(
@@ -130,6 +132,7 @@ class Loader:
                 pin_memory=self.pin_memory,
                 persistent_workers=True,
                 prefetch_factor=AHEAD,
+                multiprocessing_context=FORK,  # forked workers share a cache in memory
                 worker_init_fn=_set_up_worker,
             )
         return iter(self._workers)
@@ -149,10 +152,10 @@ def make_loader(
 
     Args:
         dataset: a `SegmentationDataset`.
-        num_workers: None chooses. On a CPU none: training needs the cores. On a GPU none for cached samples
-            that are only flipped, of which one thread makes thousands per second. Else one per core but one:
-            to decode an image, or to resample one of 512 x 512 with rotation, takes a core several
-            milliseconds, and threads would delay the one that feeds the GPU.
+        num_workers: None chooses: 0 on a CPU, where training needs the cores, and on a GPU if cached samples
+            are only flipped. Otherwise cores - 1, at most 16 and what shared memory allows: decoding or
+            rotating a 512 x 512 image takes several milliseconds, and threads would delay the thread that
+            feeds the GPU. Where workers are not forked, they cannot see a cache in memory, and None is 0.
         batch_size: of this process.
         device_type: where training computes: cpu, cuda, mps.
         cores: of this process.
@@ -165,7 +168,9 @@ def make_loader(
     workers = num_workers
     if workers is None:
         in_process = device_type == "cpu" or (dataset.cache is not None and not dataset.resamples)
-        workers = 0 if in_process else min(MOST_WORKERS, max(1, cores - 1), int(min(free // needed, 2**31)))
+        in_process = in_process or (FORK is None and getattr(dataset.cache, "folder", ".") is None)
+        most = MOST_WORKERS if math.isinf(free) else int(free // needed)
+        workers = 0 if in_process else min(MOST_WORKERS, max(1, cores - 1), most)
     if workers * needed > free:
         raise ValueError(
             f"num_workers {workers} needs {workers * needed / 2**20:.0f} MiB of shared memory for its "

@@ -84,7 +84,7 @@ class _SoftmaxLoss(torch.autograd.Function):
             log_py, log_sum = torch.empty((2, *y.shape), dtype=dtype, device=x.device)
             overlap, mass, pixels = torch.zeros((3, c), dtype=dtype, device=x.device)
             pixel = torch.zeros((), dtype=dtype, device=x.device)
-            for at, piece, valid, labels, scratch in _pieces(x, y, factors, dtype):
+            for at, piece, valid, labels, scratch in _pieces(x, y, factors, dtype, buffers=1):
                 log_p = _log_softmax(piece, scratch[0])
                 log_py[at] = log_p.gather(1, labels[:, None])[:, 0]
                 torch.sub(piece[:, 0], log_p[:, 0], out=log_sum[at])
@@ -119,7 +119,9 @@ class _SoftmaxLoss(torch.autograd.Function):
             to_overlap, to_mass, to_pixel = (value * slope for value in slopes)
             grad = torch.empty_like(logits)
             x, y, dx = logits.flatten(2), masks.flatten(1), grad.flatten(2)
-            for at, piece, valid, labels, scratch in _pieces(x, y, factors, dtype):
+            for at, piece, valid, labels, scratch in _pieces(
+                x, y, factors, dtype, buffers=1 + bool(factors.dice)
+            ):
                 out = dx[at[0], :, at[1]]
                 p = out if out.dtype == dtype else _view(scratch[0], piece)
                 torch.sub(piece, log_sum[at][:, None], out=p).exp_()
@@ -156,18 +158,18 @@ def _pixel_slope(log_py: Tensor, labels: Tensor, factors: Factors) -> Tensor:
 
 
 def _pieces(
-    x: Tensor, y: Tensor, factors: Factors, dtype: torch.dtype
+    x: Tensor, y: Tensor, factors: Factors, dtype: torch.dtype, buffers: int
 ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor, Tensor, Tensor]]:
     """Cut logits (N, C, P) and masks (N, P) into pieces, on the CPU of one image each.
 
     Yields:
-        The piece's slices (images, pixels); its logits; which pixels count, as 0 or 1; its labels; two flat
-        buffers of the size of the largest piece, the same for all.
+        The piece's slices (images, pixels); its logits; which pixels count, as 0 or 1; its labels; flat
+        `buffers` of the size of the largest piece, the same for all.
     """
     n, c, p = x.shape
     size = max(1, _PIECE.get(x.device.type, 1 << 24) // c)  # pixels
     images, pixels = (1, size) if x.device.type == "cpu" else (max(1, size // p), p)
-    scratch = torch.empty((2, min(images, n) * c * min(pixels, p)), dtype=dtype, device=x.device)
+    scratch = torch.empty((buffers, min(images, n) * c * min(pixels, p)), dtype=dtype, device=x.device)
     for first in range(0, n, images):
         for left in range(0, p, pixels):
             at = slice(first, first + images), slice(left, left + pixels)

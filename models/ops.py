@@ -285,8 +285,9 @@ def _matrix(
 
     A compiler's or tracer's stand-in for a tensor must not outlive it, nor memory of a CUDA graph.
     """
-    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
-    if is_compiling() or type(like) not in (Tensor, nn.Parameter) or capturing:
+    if is_compiling() or type(like) not in (Tensor, nn.Parameter):  # first: a compiler cannot trace the next
+        return build(source, target, like.dtype, like.device)
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
         return build(source, target, like.dtype, like.device)
     return _cached_matrix(build, source, target, like.dtype, like.device)
 

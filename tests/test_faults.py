@@ -280,6 +280,14 @@ def test_where_one_of_two_processes_ends_the_other_says_so_and_the_run_goes_on_w
     assert (folder / "report.png").exists()
 
 
+def test_an_error_that_all_processes_meet_is_printed_by_one(settings, tmp_path):
+    ranks = start_ranks(settings(data_root=str(tmp_path / "nowhere")), tmp_path, 0, [None, None])
+    assert [ended(process) for process in ranks] == [2, 2]
+    first, second = ((tmp_path / f"log{rank}").read_text() for rank in (0, 1))
+    assert "error: " in first and "nowhere" in first
+    assert "error" not in second
+
+
 def test_more_processes_than_a_batch_has_pictures_are_refused_before_anything_is_written(settings, tmp_path):
     ranks = start_ranks(settings(batch_size=1), tmp_path, 0, [None, None])
     assert [ended(process) for process in ranks] == [2, 2]

@@ -129,6 +129,11 @@ def test_worker_processes_make_what_one_thread_cannot(device, cores, resamples, 
     assert make_loader(Samples(resamples, cached), None, 16, device, cores).num_workers == workers
 
 
+def test_systems_without_a_folder_of_shared_memory_have_no_limit(monkeypatch):
+    monkeypatch.setattr(sampling, "SHARED_MEMORY", "/no/such/folder")
+    assert make_loader(Samples(True, cached=False), None, 64, "cuda", 9).num_workers == 8
+
+
 @pytest.mark.skipif(not os.path.isdir(sampling.SHARED_MEMORY), reason="shared memory as Linux has it")
 def test_small_shared_memory_allows_fewer_workers_and_refuses_more_with_what_helps(monkeypatch):
     monkeypatch.setattr(sampling.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))  # docker's
@@ -289,6 +294,28 @@ def test_a_run_in_another_thread_than_the_main_one_sets_no_signal_handlers(setti
     assert (results[0].folder / "report.png").exists()
     with StopSignal() as signal:
         assert signal.number == 0
+
+
+def test_a_batch_is_computed_in_as_many_parts_as_asked_for_or_as_it_has_images(settings, monkeypatch):
+    config = settings(batch_size=6, accumulate=3)
+    run = train.build_run(
+        config, train.check(config), CPU, torch.float32, train.build_network(config, fresh=True)
+    )
+    sizes, forward = [], run.forward
+    run.forward = lambda images: sizes.append(len(images)) or forward(images)
+    images, masks = run.data.train.batch([(0, index) for index in range(4)])
+    train.train_step(run, images, masks, 0, 0)
+    assert sizes == [2, 1, 1]
+    sizes.clear()
+    monkeypatch.setattr(train.distributed, "largest", lambda numbers: [-2])  # another process has 2 images
+    train.train_step(run, images, masks, 0, 0)
+    assert sizes == [2, 2]
+
+
+def test_one_process_keeps_the_batch_norm_that_takes_a_batch_of_one(settings):
+    config = settings(model="deeplabv3plus", base_channels=16, backbone="resnet18", sync_batchnorm=True)
+    model = train.place_model(train.build_network(config, fresh=True), config, CPU, Processes())
+    assert model.train()(torch.zeros(1, 3, 32, 32)).shape == (1, 2, 32, 32)
 
 
 # --- synchronized batch norm ---

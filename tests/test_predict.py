@@ -683,3 +683,12 @@ def test_a_large_picture_that_is_truncated_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:20000])
     with pytest.raises(ValueError, match="cut.png"), LargeImage(path, 3) as picture:
         picture.rows(0, 10)
+
+
+def test_memory_that_runs_out_ends_the_prediction_with_what_helps(args, monkeypatch):
+    given = args()
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(prediction, "image_logits", Mock(side_effect=error))
+    with pytest.raises(Fail, match="out of memory on cpu. Use a smaller batch_size or window") as caught:
+        predict.main(given)
+    assert caught.value.code == 1

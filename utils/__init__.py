@@ -1,1 +1,1 @@
-"""Tools of the two doors: settings, checkpoints, optimizers, run folder, pictures drawn."""
+"""Helpers of the two scripts: command line, run folder, checkpoints, optimizers, prediction, figures."""

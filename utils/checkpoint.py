@@ -120,7 +120,8 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def first_non_finite(weights: dict[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or infinity; None where all are finite."""
-    return next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+    finite = torch.stack([torch.isfinite(value).all() for value in weights.values()]).tolist()  # one wait
+    return next((name for name, each in zip(weights, finite, strict=True) if not each), None)
 
 
 def load_fitting(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, str]:

@@ -8,7 +8,8 @@ import gc
 import inspect
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -34,17 +35,28 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that prints and writes."""
+        """True for the one process that prints and writes."""
         return self.rank == 0
 
 
 def read_processes() -> Processes:
-    """Read the process's place from torchrun's environment variables; silence all but the main process."""
+    """Read this process's ranks from torchrun's environment variables; silence all but the main process."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     processes = Processes(*(int(os.environ.get(name, default)) for name, default in names.items()))
     if not processes.is_main:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the life of the process)
     return processes
+
+
+@contextmanager
+def reported_once(processes: Processes) -> Iterator[None]:
+    """Around what every process does alike before `join`: only the main process reports an error of it."""
+    try:
+        yield
+    except (ValueError, OSError):
+        if processes.is_main:
+            raise
+        sys.exit(2)
 
 
 def join(processes: Processes, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What a user reads when a run ends with an error."""
+"""Messages for errors that end a run, with advice."""
 
 import os
 from pathlib import Path

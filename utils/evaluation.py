@@ -44,7 +44,7 @@ class Validator:
         batch_size: images, or windows, that are computed together.
         device: where to compute.
         precision: dtype of the network.
-        channels_last: memory format of the network.
+        channels_last: whether the network computes in channels_last.
         processes: each predicts its part of the images.
     """
 
@@ -117,7 +117,7 @@ class Validator:
         self, model: nn.Module, weights: dict[str, Tensor], batches: Sequence[Sequence[int]]
     ) -> Iterator[Iterator[tuple[int, tuple, Tensor]]]:
         """Yield for each batch of indices an iterator over (index, item, logits (1, C, H, W))."""
-        torch.backends.cudnn.benchmark = False  # it would tune for every size of image
+        torch.backends.cudnn.benchmark = False  # it would tune for every size of window and last batch
         layout = memory_format(self.channels_last, self.device)
         options = {"dtype": self.precision, "channels_last": layout == torch.channels_last}
         prepared = prepare_for_inference(model, weights, device=self.device, **options)

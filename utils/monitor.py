@@ -1,4 +1,4 @@
-"""Watching a training run: progress bar, where the time goes, time left, loss, signals, and when to save."""
+"""Progress of a training run: progress bar, time by activity, ETA, loss, signals, and when to save."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def progress_bar(iterable: Iterable | None = None, total: int | None = None, des
 
 @dataclass
 class Progress:
-    """How far a run has come: what `last.pt` holds beside weights, optimizer and schedule."""
+    """Progress of a run, stored in `last.pt` beside weights, optimizer and schedule."""
 
     epoch: int = 0  # completed epochs
     step: int = 0  # completed steps of the current epoch
@@ -53,7 +53,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Event:
-    """What the training loop has to do after a step."""
+    """Request to the training loop after a step."""
 
     save: bool = False  # write last.pt now
     signal: int = 0  # number of a signal that asks to stop; 0: none
@@ -165,9 +165,10 @@ class Monitor:
     """Follows the steps of a run; the training loop calls `after_step` once per step.
 
     Args:
-        progress: moved on by one step at each call.
+        progress: advanced by one step per call.
         schedule: of the learning rate; knows the position in the run and its length.
-        device: where the run computes; values are read back from a GPU twice a second at most.
+        device: where the run computes; values are read back from a GPU about twice a second, and when a
+            checkpoint is written.
         processes: this process among those of the run.
         save_every_minutes: between two saves of `last.pt` within an epoch; 0 saves at its end only.
     """
@@ -199,7 +200,7 @@ class Monitor:
         self.images_per_second = (self._seen - before) / (time.perf_counter() - start)
 
     def load(self, batches: Iterable) -> Iterator[Any]:
-        """Yield the batches, and measure how long they are waited for: not while a GPU is still computing."""
+        """Yield the batches; waiting for one counts as data, and as step while a GPU is still computing."""
         iterator = iter(batches)
         while True:
             start = time.perf_counter()
@@ -222,7 +223,7 @@ class Monitor:
         number, late = distributed.largest([self.stop.number, self._is_late()])
         bad_step, now = -1, time.monotonic()
         if number or late or epoch_over or self.device.type == "cpu" or now - self._shown_at > 0.5:
-            bad_step, self._shown_at = int(self._bad_step), now  # the only time the host waits for the device
+            bad_step, self._shown_at = int(self._bad_step), now  # here, and in `totals`, the host waits
             if bad_step < 0:
                 self._show(epoch_over)
         self.clock.add("step", self._step_start)

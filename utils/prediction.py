@@ -1,7 +1,7 @@
 """From image files to mask files: what predict.py does with each image, and `segment` for other code.
 
-The one module of `utils` that imports other packages: it is the path through datasets, models and metrics
-that both predict.py and a user's own code take.
+One of two modules of `utils` that import other packages (with evaluation.py): it is the path through
+datasets, models and metrics that both predict.py and a user's own code take.
 """
 
 import os
@@ -66,7 +66,8 @@ def segment(model: nn.Module, image: np.ndarray) -> np.ndarray:
             "datasets.read_image returns one from a file."
         )
     info = model.info
-    predictor = Predictor(model, mean=info.mean, std=info.std)
+    layout = memory_format(True, next(model.parameters()).device)
+    predictor = Predictor(model, mean=info.mean, std=info.std, memory_format=layout)
     fitted, box = fit(image, info.image_size, info.resize)
     window = info.image_size if info.resize == "crop" else None
     logits = next(image_logits(predictor, [chw(fitted)], [box], window))
@@ -75,7 +76,7 @@ def segment(model: nn.Module, image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Options:
-    """How images are predicted, and what is written; the fields of predict.py's Args."""
+    """Options of a prediction: fields of predict.py's Args."""
 
     output: Path
     window: tuple[int, int] | None  # height and width of a window that slides over each image
@@ -95,7 +96,7 @@ class PredictedImage:
     path: Path
     name: str  # of what is written, without ending
     target: Path | None = None  # ground truth mask
-    problem: str = ""  # why something of it was not written
+    problem: str = ""  # error message; empty if everything was written
     fractions: dict[str, float] | None = None  # of its pixels by class; None where nothing was written
     scores: dict[str, float] | None = None  # SCORES, against the ground truth
     matrix: ConfusionMatrix | None = None  # until it is merged: 8 MiB for 1000 classes
@@ -115,7 +116,7 @@ class Job:
 
 
 def predict_all(job: Job) -> ConfusionMatrix | None:
-    """Predict and write every image; each thread takes its images from file to file.
+    """Predict and write every image; each thread reads, predicts and writes its own images.
 
     On a CPU each thread has its share of the cores, so that none waits for another at every layer. Large
     images come last, one by one, on all cores.
@@ -211,7 +212,7 @@ def read_for_network(job: Job, path: Path) -> tuple[np.ndarray, Box, np.ndarray 
 
 
 def predict_large(job: Job, image: PredictedImage) -> PredictedImage:
-    """Predict an image whose logits never are in memory at once; it is decoded, but not made an array."""
+    """Predict an image whose logits are never in memory at once; the decoded image is read in strips."""
     options, predictor = job.options, job.predictor
     try:
         max_value = getattr(job.info, "max_value", None)
@@ -235,7 +236,7 @@ def predict_large(job: Job, image: PredictedImage) -> PredictedImage:
     count(job, image, ids)
     save(job, image.name, ids, canvas, None)
     if options.probabilities:
-        image.problem = f"{image.path}: too large for probabilities, which were not written; its mask was"
+        image.problem = f"{image.path}: too large for probabilities; only its mask was written"
     return image
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: its images in the folder, and the lines that are printed."""
+"""Figures and printed lines of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
