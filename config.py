@@ -92,7 +92,7 @@ class Config:
     freeze_backbone: bool = False
     # [deeplabv3plus, pspnet, fcn, segnet] keep the backbone as it is (with pretrained or init_from)
     init_from: str | None = None
-    # checkpoint whose weights this run starts from; weights that do not fit are listed and stay random
+    # checkpoint, or run's folder, whose weights this run starts from; weights that do not fit are listed and stay random
 
     # Loss
     loss: Literal["ce", "weighted_ce", "focal", "dice", "joint"] = "joint"
@@ -174,7 +174,8 @@ class Config:
         """Refuse a data folder, a run or a file of weights that does not exist, before anything slow."""
         weights, words = (Path.is_file, "file of weights"), {"pretrained": ("none", "imagenet")}
         data = Path.is_dir, "folder of train/ and val/"
-        named = {"data_root": data, "init_from": weights, "pretrained": weights}
+        run = lambda path: path.is_file() or (path / "best.pt").is_file(), "checkpoint or run"  # noqa: E731
+        named = {"data_root": data, "init_from": run, "pretrained": weights}
         if self.resume:  # which has its own settings
             named, words = {"resume": (Path.exists, "run")}, {"resume": ("auto",)}
         for name, (exists, kind) in named.items():

@@ -1,6 +1,7 @@
 """Predict masks for images: edit class Args, then run `python predict.py`. Every field is also a flag."""
 
 import os
+import signal
 import sys
 from typing import Literal
 
@@ -64,6 +65,7 @@ class Args:
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a wrong flag are answered at once
     PARSED = end_with(lambda: parse(Args, sys.argv[1:], __doc__))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import math
 import time
@@ -257,4 +259,5 @@ def write_network(weights: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     end_with(lambda: main(PARSED.settings))

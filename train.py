@@ -1,5 +1,6 @@
 """Train a segmentation network: edit config.py, then run `python train.py`. Every setting is also a flag."""
 
+import signal
 import sys
 
 from config import Config
@@ -16,6 +17,7 @@ def read_flags() -> Parsed:
 
 if __name__ == "__main__":  # before torch is imported, so that --help and wrong settings are answered at once
     PARSED = end_with(read_flags)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports below without a traceback
 
 import math
 from collections.abc import Sequence
@@ -51,6 +53,7 @@ from utils.run_report import SHOWN, RunReport
 from utils.sync_batchnorm import convert_sync_batchnorm
 from utils.tables import score_columns
 from utils.training_state import (
+    check_training_state,
     load_initial_weights,
     refuse_changed_data,
     restore_training_state,
@@ -74,7 +77,8 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Result:
 
     Args:
         config: the settings.
-        given: those that were flags on the command line; resuming refuses any that contradicts the run.
+        given: those that were flags on the command line; resuming refuses any that contradicts the run. None,
+            as other programs call it: a resumed run takes over what may change and differs from the defaults.
 
     Raises:
         Fail: something that the user can fix, or the end of the work; with the message and the exit code.
@@ -84,7 +88,7 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Result:
     devices.set_threads(processes)
     with fixable(), distributed.reported_once(processes):
         run_folder.try_output(Path(config.output_dir))
-        config, folder, saved = resolve_resume(config, given or {})
+        config, folder, saved = resolve_resume(config, given)
         device = devices.pick_device(config.device, processes)
         precision = devices.pick_precision(config.amp, device)
         model = build_network(config, fresh=saved is None)
@@ -119,18 +123,26 @@ def main(config: Config, given: dict[str, Any] | None = None) -> Result:
     return Result(folder, scores)
 
 
-def resolve_resume(config: Config, given: dict[str, Any]) -> tuple[Config, Path | None, dict | None]:
+def resolve_resume(config: Config, given: dict[str, Any] | None) -> tuple[Config, Path | None, dict | None]:
     """Return the settings, and for a run that is resumed its folder and the content of its last.pt."""
     output_dir = Path(config.output_dir)
     if config.resume:
         folder = run_folder.find_run(config.resume, output_dir)
         saved = read_checkpoint(folder / "last.pt")
         print(f"resuming {folder}")
+        check_training_state(saved, folder / "last.pt")
         own = saved["config"] | {"run_name": folder.name}
-        longer = () if depends_on_length(own["scheduler"]) else ("epochs",)
-        return resumed_settings(config, own, given, CAN_CHANGE + longer), folder, saved
-    if config.run_name and not config.check and (output_dir / config.run_name).exists():
-        raise run_folder.folder_exists(output_dir / config.run_name)  # before the data is checked
+        free = CAN_CHANGE + (() if depends_on_length(own["scheduler"]) else ("epochs",))
+        if (
+            given is None
+        ):  # called by a program, which can only say by other values than the defaults what it wants
+            given = {n: v for n, v in config.pick(*free).items() if v != getattr(type(config), n)}
+            if given.get("epochs", own["epochs"]) <= own["epochs"]:
+                given.pop("epochs", None)
+        return resumed_settings(config, own, given, free), folder, saved
+    named = output_dir / config.run_name if config.run_name and not config.check else None
+    if named and named.exists() and not run_folder.is_abandoned(named):
+        raise run_folder.folder_exists(named)  # before the data is checked
     return config, None, None
 
 
@@ -210,6 +222,11 @@ def build_run(
             can_grow = progress.epoch == config.epochs and not depends_on_length(config.scheduler)
             run_folder.refuse_finished(folder, progress.epoch, can_grow)
         restore_training_state(saved, model, optimizer, schedule, scaler, ema)
+        if progress.step > steps:
+            raise ValueError(f"{folder / 'last.pt'} is damaged: step {progress.step} of {steps}")
+        if progress.best_epoch and not (folder / "best.pt").exists():
+            print("best.pt is missing: the best epoch is searched for again")
+            progress.best, progress.best_epoch = -1.0, 0
     loss_fn = build_criterion(config, report).to(device)
     validator = Validator(
         data.val,
@@ -274,7 +291,8 @@ def build_network(config: Config, fresh: bool) -> nn.Module:
     if fresh and config.pretrained != "none":
         print(load_pretrained(model, config.pretrained))
     if fresh and config.init_from:
-        checkpoint = read_checkpoint(config.init_from)
+        path = Path(config.init_from)
+        checkpoint = read_checkpoint(path / "best.pt" if path.is_dir() else path)
         weights = checkpoint.get("ema") or checkpoint["model"]
         needs_backbone = config.freeze_backbone and config.pretrained == "none"
         print(load_initial_weights(model, weights, config.init_from, config.model, needs_backbone))
@@ -521,6 +539,8 @@ def end_epoch(run: Run, evaluation: Evaluation | None) -> None:
 def finish(run: Run) -> Evaluation:
     """Draw the report of `best.pt`, print where everything is, and return the evaluation."""
     progress, monitor = run.progress, run.monitor
+    if not progress.best_epoch:  # best.pt was lost, and no validation has come after that
+        save(run, "best", {"model": averaged_weights(run)})
     distributed.wait_for_all()  # for best.pt
     best = read_checkpoint(run.folder / "best.pt")["model"]
     evaluation = run.best or evaluate(run, best)  # best.pt may have been written before a resume
@@ -569,4 +589,5 @@ def save(run: Run, kind: str, state: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     end_with(lambda: main(PARSED.settings, PARSED.given))

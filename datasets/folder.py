@@ -57,6 +57,10 @@ class SegmentationDataset:
     epoch: int = field(default=0, init=False)  # of a sample whose key is an index alone
 
     def __post_init__(self):
+        if self.resize not in ("stretch", "letterbox", "crop"):
+            raise ValueError(f"resize must be stretch, letterbox or crop; got {self.resize!r}.")
+        if not isinstance(self.image_size, tuple | list) or len(self.image_size) != 2:
+            raise ValueError(f"image_size must be (height, width); got {self.image_size!r}.")
         ids = np.min_scalar_type(self.encoding.num_classes - 1), np.min_scalar_type(self.ignore_index)
         self._stored = np.promote_types(*ids)  # the smallest type that holds all
 

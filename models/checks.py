@@ -18,6 +18,11 @@ def check_images(images: Tensor, in_channels: int) -> None:
             f"images must be (N, {in_channels}, H, W) for this model; got {tuple(images.shape)}. "
             f"Build the model with the images' in_channels, or convert the images."
         )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images must be floating point; got {images.dtype}. Convert them with .float(), and normalize them "
+            f"as in training."
+        )
     height, width = images.shape[-2:]
     if height < MIN_SIDE or width < MIN_SIDE:
         raise ValueError(

@@ -34,7 +34,8 @@ def explain(error: Exception, device: torch.device, folder: Path | None, memory_
     if "DataLoader worker" in first_line:
         advice = "If memory or /dev/shm ran out, use num_workers 0 or fewer workers"
         return f"{first_line} {advice}; then {resume}"
-    return f"{error}. Fix that, then {resume}" if isinstance(error, (ValueError, OSError)) else None
+    message = f"{str(error).rstrip('.')}. Fix that, then {resume}"
+    return message if isinstance(error, (ValueError, OSError)) else None
 
 
 def non_finite_advice(folder: Path) -> str:

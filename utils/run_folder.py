@@ -47,6 +47,8 @@ def create_run(output_dir: Path, run_name: str | None, model: str) -> Path:
     name = run_name or time.strftime(f"{model}_%Y-%m-%d_%H-%M-%S")
     for ending in [""] if run_name else ["", *(f"_{number}" for number in range(2, 1000))]:
         folder = output_dir / f"{name}{ending}"
+        if is_abandoned(folder):
+            shutil.rmtree(folder)
         with suppress(FileExistsError):
             folder.mkdir()
             return folder
@@ -59,6 +61,12 @@ def remove_unused(folder: Path | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_abandoned(folder: Path) -> bool:
+    """Return whether the folder is that of a run that was killed before it saved anything."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return "config.json" in names <= {"config.json", "samples", LOCK} and not is_running(folder)
+
+
 def is_finished(folder: Path) -> bool:
     """Return whether the run in the folder has reached its end."""
     return (folder / END_MARK).exists()
@@ -68,7 +76,8 @@ def refuse_finished(folder: Path, epochs: int, can_grow: bool) -> None:
     """Raise ValueError if the run in the folder is finished after `epochs`; it may be able to have more."""
     if is_finished(folder):
         more = f"Give it more epochs (--epochs {2 * epochs}), or start" if can_grow else "Start"
-        raise ValueError(f"{folder} is finished after {epochs} epochs. {more} a new run with --init_from")
+        fix = f"{more} a new run with --init_from {quoted(folder / 'last.pt')}"
+        raise ValueError(f"{folder} is finished after {epochs} epochs. {fix}")
 
 
 def reopen(folder: Path) -> bool:
@@ -102,7 +111,7 @@ def find_run(resume: str, output_dir: Path) -> Path:
                 f"{output_dir} has no unfinished run that is not running. Leave resume out to start a new run"
             )
         return max(free, key=os.path.getmtime).parent
-    last = Path(resume) if Path(resume).name == "last.pt" else Path(resume, "last.pt")
+    last = (Path(resume).parent if Path(resume).suffix == ".pt" else Path(resume)) / "last.pt"
     if not last.is_file():
         raise FileNotFoundError(f"no checkpoint at {last}. Give resume the folder of a run, or leave it out")
     if is_running(last.parent):

@@ -1,6 +1,6 @@
 """The state of a training run: what `last.pt` holds beside the settings, and how it is restored."""
 
-from dataclasses import asdict
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint import load_fitting, plain_weights
+from utils.cli import quoted
 from utils.ema import Ema
 from utils.monitor import Progress
 
@@ -32,6 +33,44 @@ def training_state(
     }
 
 
+STATE = {  # what `last.pt` must hold to be resumed, and of which type
+    "config": dict,
+    "progress": dict,
+    "optimizer": dict,
+    "schedule": dict,
+    "scaler": dict,
+    "ema_steps": int,
+    "fingerprint": dict,
+}
+DEFAULTED = {
+    "maximize",
+    "foreach",
+    "capturable",
+    "differentiable",
+    "fused",
+    "nesterov",
+    "decoupled_weight_decay",
+}
+
+
+def check_training_state(saved: dict[str, Any], path: Path) -> None:
+    """Raise ValueError unless a checkpoint holds everything that `training_state` and the scripts put in."""
+    wrong = [name for name, kind in STATE.items() if not isinstance(saved.get(name), kind)]
+    if not wrong:
+        progress = {
+            field.name: type(value)
+            for field, value in zip(fields(Progress), astuple(Progress()), strict=True)
+        }
+        wrong = [
+            f"progress.{k}" for k, kind in progress.items() if not isinstance(saved["progress"].get(k), kind)
+        ]
+    if wrong:
+        raise ValueError(
+            f"{path} holds no complete training state ({wrong[0]} is missing or wrong). Start a new run from "
+            f"its weights with --init_from {quoted(path)}"
+        )
+
+
 def restore_training_state(
     saved: dict[str, Any],
     model: nn.Module,
@@ -45,14 +84,18 @@ def restore_training_state(
     Raises:
         ValueError: the weights do not fit the model.
     """
+    groups = optimizer.state_dict()["param_groups"]
     try:
         model.load_state_dict(saved["model"])
+        for now, then in zip(groups, saved["optimizer"]["param_groups"], strict=True):
+            if missing := now.keys() - then.keys() - DEFAULTED:
+                raise ValueError(f"its optimizer has no {', '.join(sorted(missing))}")
         optimizer.load_state_dict(saved["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ValueError(
-            f"last.pt does not fit the network of its settings: {reason}. Use the code that wrote it, or "
-            "start a new run from its weights with --init_from"
+            f"last.pt does not fit the network and optimizer of its settings: {reason}. Use the code that "
+            "wrote it, or start a new run from its weights with --init_from"
         ) from error
     score = f"mean_{saved['config']['monitor']}"  # early checkpoints have the scores in their log alone
     scores = [row[score] for row in saved["progress"]["rows"] if score in row]
@@ -75,7 +118,8 @@ def refuse_changed_data(now: dict[str, Any], saved: dict[str, Any], data_root: s
     changed = [part for part, value in saved.items() if now.get(part) != value]
     if changed:
         what = f"{data_root} has changed since {folder} was started: {', '.join(changed)}"
-        raise ValueError(f"{what}. Restore the old data, or start a new run with --init_from")
+        fix = f"Restore the old data, or start a new run with --init_from {quoted(folder / 'last.pt')}"
+        raise ValueError(f"{what}. {fix}")
 
 
 def load_initial_weights(
