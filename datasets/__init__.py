@@ -1,10 +1,11 @@
 """From a user's folder to training batches.
 
-A picture's way, each stop usable alone: reading (file to array) → labels (mask values to class ids) →
-preflight (every file checked and counted once) → transforms (fitting, random moves) → warp (doing them) →
-cache (decoded, resized samples) → folder (the data set) → sampling (order, shards, batches). What is named
-here needs numpy and Pillow only; what makes tensors is imported from `datasets.folder` and
-`datasets.sampling`.
+The steps, each usable alone: finding (files) → reading (file to array, with tiff, png and samples for what
+Pillow does not decode exactly; large for images in strips) → labels (mask values to class ids) → layout and
+pairing (which mask belongs to which image) → scan, infer and preflight (every file checked and counted once)
+→ transforms (fitting, random augmentation) → warp (resampling) → cache (decoded, resized samples) → folder
+(the data set) → sampling (order, shards, batches). The names exported here need numpy and Pillow only; the
+modules that make tensors are imported from `datasets.folder` and `datasets.sampling`.
 """
 
 from .finding import find_images, left_out

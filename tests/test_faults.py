@@ -198,10 +198,10 @@ def test_a_run_out_of_memory_can_be_resumed(settings, monkeypatch):
     assert_same(settings, train.main(settings(resume=str(folder))))
 
 
-def test_a_picture_that_vanishes_while_a_run_goes_on_is_named(settings, data, monkeypatch):
-    picture = data / "train" / "images" / "p5.png"
-    said = met(monkeypatch, settings(cache="off"), 0, lambda run: picture.unlink())
-    assert str(picture) in said
+def test_an_image_that_vanishes_while_a_run_goes_on_is_named(settings, data, monkeypatch):
+    image = data / "train" / "images" / "p5.png"
+    said = met(monkeypatch, settings(cache="off"), 0, lambda run: image.unlink())
+    assert str(image) in said
     assert "start again" in said
 
 
@@ -280,7 +280,7 @@ def test_where_one_of_two_processes_ends_the_other_says_so_and_the_run_goes_on_w
     assert (folder / "report.png").exists()
 
 
-def test_more_processes_than_a_batch_has_pictures_are_refused_before_anything_is_written(settings, tmp_path):
+def test_more_processes_than_a_batch_has_images_are_refused_before_anything_is_written(settings, tmp_path):
     ranks = start_ranks(settings(batch_size=1), tmp_path, 0, [None, None])
     assert [ended(process) for process in ranks] == [2, 2]
     said = (tmp_path / "log0").read_text()
@@ -289,7 +289,7 @@ def test_more_processes_than_a_batch_has_pictures_are_refused_before_anything_is
 
 
 def stop_in_validation(run):
-    """A signal comes while the next picture is validated."""
+    """A signal comes while the next image is validated."""
     original = run.val_set.evaluation_item
 
     def item(index):

@@ -527,7 +527,7 @@ def test_wrong_input_is_refused_and_nothing_is_written(args, tmp_path, changes, 
 def test_a_truth_of_another_size_is_refused_by_its_name_and_nothing_is_written(args, data, tmp_path):
     given = args(truth=str(data / "val" / "masks"))
     Image.new("L", (20, 30)).save(data / "val" / "masks" / "p1.png")
-    with pytest.raises(Fail, match=r"p1.png \| is 30 x 20, its picture 40 x 64"):
+    with pytest.raises(Fail, match=r"p1.png \| is 30 x 20, its image 40 x 64"):
         predict.main(given)
     assert not (tmp_path / "out").exists()
 

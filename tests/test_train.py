@@ -293,7 +293,7 @@ def test_one_run_name_is_one_run(settings, finished):
 
 def test_check_stops_after_the_data_check_and_writes_no_run(settings, capsys):
     train.main(settings(check=True))
-    assert "train: 6 pictures" in capsys.readouterr().out
+    assert "train: 6 images" in capsys.readouterr().out
     assert not (Path(settings().output_dir) / "run").exists()
 
 
@@ -326,7 +326,7 @@ def truncate(data):
     ("damage", "words"),
     [
         (remove_val, ["val", "images", "masks"]),
-        (empty_train, ["train", "holds no picture"]),
+        (empty_train, ["train", "holds no image"]),
         (unpair, ["p3.png", "mask"]),
         (wrong_value, ["p2.png", "7"]),
         (truncate, ["p1.png"]),
