@@ -92,7 +92,8 @@ class Config:
     freeze_backbone: bool = False
     # [deeplabv3plus, pspnet, fcn, segnet] keep the backbone as it is (with pretrained or init_from)
     init_from: str | None = None
-    # checkpoint, or run's folder, whose weights this run starts from; weights that do not fit are listed and stay random
+    # checkpoint, or run's folder, whose weights this run starts from; those that do not fit are listed and
+    # stay random
 
     # Loss
     loss: Literal["ce", "weighted_ce", "focal", "dice", "joint"] = "joint"

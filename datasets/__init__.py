@@ -1,9 +1,11 @@
 """From a user's folder to training batches.
 
-A picture's way, each stop usable alone: reading (file to array) → labels (mask values to class ids) →
-preflight (every file checked and counted once) → fitting (to the network's input) → augment (random
-transforms) → warp (applying them) → cache (decoded, resized samples) → folder (the data set) → sampling
-(order, shards, batches). Only what makes tensors needs torch, which is imported when it is used.
+The steps, each usable alone: finding (files) → reading (file to array, with tiff, png and samples for what
+Pillow does not decode exactly; large for images in strips) → labels (mask values to class ids) → layout and
+pairing (which mask belongs to which image) → scan, infer and preflight (every file checked and counted once)
+→ fitting (to the network's input) → augment (random transforms) → warp (resampling) → cache (decoded, resized
+samples) → folder (the data set) → sampling (order, shards, batches). Only what makes tensors needs torch,
+which is imported when it is used.
 """
 
 from typing import Any

@@ -7,11 +7,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from .reading import SUFFIXES
 from .samples import DataError
 
-SUFFIXES = (
-    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".apng", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".npy",
-)  # fmt: skip
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
 

@@ -113,7 +113,7 @@ def split_by_lists(root: Path, pairs: list, group: Group) -> tuple[dict[str, lis
 
 
 def split_by_share(pairs: list, group: Group, val_share: float, seed: int) -> dict[str, list]:
-    """Split pairs by the hash of seed and name: another file leaves the order of the others as it is."""
+    """Split pairs by the hash of seed and name: another file does not change the others' order."""
 
     def draw(pair: tuple) -> str:
         name = pair[0].relative_to(group.images).as_posix()

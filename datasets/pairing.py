@@ -3,7 +3,6 @@
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,17 +62,19 @@ class Rule:
 
 
 class Problems:
-    """Everything wrong below a folder, in the order found, grouped by kind."""
+    """Everything wrong below a folder, in the order found, grouped by kind; warnings and notes beside it."""
 
     def __init__(self, root: Path):
         self.root = root
+        self.warnings: list[str] = []
+        self.notes: list[str] = []  # decisions that a user should know of, a line each
         self.rows: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
 
     def add(self, kind: str, file: Path | str, finding: str, fix: str) -> None:
         """Note one problem."""
         self.rows[kind].append((str(file).removeprefix(f"{self.root}{os.sep}"), finding, fix))
 
-    def raise_any(self, warnings: Sequence[str] = ()) -> None:
+    def raise_any(self) -> None:
         """Raise one DataError that lists all, and the warnings; do nothing where there are no problems."""
         if not self.rows:
             return
@@ -86,7 +87,7 @@ class Problems:
             lines += [f"  {row[0]:{name}} | {row[1]:{found}} | {row[2]}" for row in shown]
             if len(rows) > SHOWN:
                 lines.append(f"  ... and {len(rows) - SHOWN} more of this kind")
-        raise DataError("\n".join(lines + [f"warning: {warning}" for warning in warnings]))
+        raise DataError("\n".join(lines + [f"warning: {warning}" for warning in self.warnings]))
 
 
 def find_rule(groups: list[Group], mask_suffix: str, problems: Problems) -> tuple[Rule, str]:

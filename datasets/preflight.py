@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .infer import NEAR, RARE, EncodingError, MaskSet, Reading, choose_encoding, class_shares, stray_readings
+from .infer import NEAR, RARE, EncodingError, MaskSet
 from .labels import (
     SHOWN,
     UNKNOWN,
@@ -31,6 +31,7 @@ from .labels import (
 )
 from .layout import LAYOUTS, SPLITS, VAL_SHARE, Group, find_groups, list_group, split_by_lists, split_by_share
 from .pairing import Pair, Problems, Rule, find_rule, match_group
+from .readings import Reading, choose_encoding, class_shares, stray_readings
 from .samples import DataError
 from .scan import MOST_KEYS, ScanOptions, relative_name, scan_files
 
@@ -134,25 +135,30 @@ def check_data(
     root = Path(os.path.expanduser(root))
     if not root.is_dir():
         raise DataError(f"data_root {root} is not a folder. Give the folder that holds {LAYOUTS}.")
-    problems, warnings, notes = Problems(root), [], []
-
-    splits, rule = find_pairs(root, mask_suffix, val_share, seed, problems, warnings, notes)
-    files = {file: is_mask for split in splits for pair in split.paths for file, is_mask in zip(pair, (0, 1))}  # noqa: B905
+    problems = Problems(root)
+    splits, rule = find_pairs(root, mask_suffix, val_share, seed, problems)
+    files = {file: file == mask for split in splits for image, mask in split.paths for file in (image, mask)}
     options = scan_options(in_channels, label_map, declared, num_classes)
     seen, remember = scan_files(root, files, options, cache_dir, progress)
     for split in splits:
         split.pairs = [pair for paths in split.paths if (pair := match_sizes(*paths, seen, problems))]
-    warnings += doubtful_images(splits, seen)
+    problems.warnings += doubtful_images(splits, seen)
     masks = {pair.mask: MaskStats(**seen[pair.mask]["stats"]) for split in splits for pair in split.pairs}
     if not masks:
-        problems.raise_any(warnings)
-    encoding, doubts = infer_encoding(
-        root, masks, num_classes, ignore_index, labels, declared, _own_names(names), problems, warnings
-    )
+        problems.raise_any()
+    settings = (num_classes, ignore_index, labels, declared, _own_names(names))
+    encoding = infer_encoding(masks, settings, problems)
     count_classes(splits, masks, encoding, labels, declared, problems)
-    warnings += doubts + absent_classes(splits, names) + leave_out_empty(splits, problems)
-    problems.raise_any(warnings)
+    problems.warnings += absent_classes(splits, names) + leave_out_empty(splits, problems)
+    problems.raise_any()
     remember()
+    return _report(splits, seen, encoding, names, rule, problems)
+
+
+def _report(
+    splits: list[Split], seen: dict, encoding: Encoding, names: list[str], rule: Rule, problems: Problems
+) -> DataReport:
+    """The report of data without problems."""
     max_value, line = wide_range(splits, seen)
     train, val = splits
     return DataReport(
@@ -161,10 +167,10 @@ def check_data(
         encoding=encoding,
         class_pixels={split.name: split.class_pixels for split in splits},
         class_image_pixels=((train.counts > 0) * train.counts.sum(1, keepdims=True)).sum(0),
-        fingerprint=_fingerprint(root, splits, seen, encoding),
-        warnings=warnings,
+        fingerprint=_fingerprint(problems.root, splits, seen, encoding),
+        warnings=problems.warnings,
         class_names=names,
-        notes=notes + line,
+        notes=problems.notes + line,
         max_value=max_value,
         pairing=rule.to_dict(),
     )
@@ -187,42 +193,28 @@ def _own_names(names: list[str]) -> list[str]:
 
 
 def find_pairs(
-    root: Path,
-    mask_suffix: str,
-    val_share: float,
-    seed: int,
-    problems: Problems,
-    warnings: list[str],
-    notes: list[str],
+    root: Path, mask_suffix: str, val_share: float, seed: int, problems: Problems
 ) -> tuple[list[Split], Rule]:
     """The files of each split, paired by one rule."""
     groups = find_groups(root)
     for group in groups:
-        for problem in list_group(group, warnings):
+        for problem in list_group(group, problems.warnings):
             problems.add(*problem)
     rule, line = find_rule(groups, mask_suffix, problems)
-    notes += [line] if line else []
+    problems.notes += [line] if line else []
     if "several masks per image" in problems.rows:
-        problems.raise_any(warnings)
+        problems.raise_any()
     pairs = {group.name: match_group(group, rule, problems) for group in groups}
     if groups[0].name == "all":
-        pairs = split_flat(root, groups[0], pairs["all"], val_share, seed, problems, warnings, notes)
+        pairs = split_flat(groups[0], pairs["all"], val_share, seed, problems)
     elif val_share != VAL_SHARE:
         raise ValueError(f"val_share {val_share} is for a data_root without train and val. Leave it out.")
     return [Split(name, pairs[name]) for name in SPLITS], rule
 
 
-def split_flat(
-    root: Path,
-    group: Group,
-    pairs: list,
-    val_share: float,
-    seed: int,
-    problems: Problems,
-    warnings: list[str],
-    notes: list[str],
-) -> dict[str, list]:
+def split_flat(group: Group, pairs: list, val_share: float, seed: int, problems: Problems) -> dict[str, list]:
     """The pairs of a folder without train and val, split by its lists of names or by val_share."""
+    root = problems.root
     lists = [root / f"{name}.txt" for name in SPLITS]
     if all(path.is_file() for path in lists):
         splits, missing, both = split_by_lists(root, pairs, group)
@@ -231,7 +223,7 @@ def split_flat(
                 "lists", path, f"names {name}, which has no pair", "remove the line, or add the files"
             )
         if both:
-            warnings.append(f"{len(both)} names are in train.txt and val.txt ({both[0]}, ...)")
+            problems.warnings.append(f"{len(both)} names are in train.txt and val.txt ({both[0]}, ...)")
         for name in SPLITS:
             if not splits[name] and not missing:
                 problems.add(
@@ -239,7 +231,7 @@ def split_flat(
                 )
         unused = len(pairs) - len({pair[0] for name in SPLITS for pair in splits[name]})
         left = f"; {unused} on neither list are left out" if unused else ""
-        notes.append(f"split: by train.txt and val.txt{left}")
+        problems.notes.append(f"split: by train.txt and val.txt{left}")
         return splits
     if any(path.is_file() for path in lists):
         there, lacking = sorted(lists, key=lambda path: not path.is_file())
@@ -250,7 +242,7 @@ def split_flat(
         return {name: pairs for name in SPLITS}
     splits = split_by_share(pairs, group, val_share, seed)
     counts = f"{len(splits['train'])} to train, {len(splits['val'])} to validate"
-    notes.append(f"split: {counts}, drawn by val_share {val_share:g} and seed {seed}")
+    problems.notes.append(f"split: {counts}, drawn by val_share {val_share:g} and seed {seed}")
     return splits
 
 
@@ -284,25 +276,17 @@ def match_sizes(image: Path, mask: Path, seen: dict, problems: Problems) -> Pair
     return None
 
 
-def infer_encoding(
-    root: Path,
-    masks: dict[Path, MaskStats],
-    num_classes: int,
-    ignore_index: int,
-    labels: str,
-    declared: list[int],
-    own_names: list[str],
-    problems: Problems,
-    warnings: list[str],
-) -> tuple[Encoding, list[str]]:
-    """The encoding of all masks, and warnings about it; a refusal ends the check with all problems so far."""
+def infer_encoding(masks: dict[Path, MaskStats], settings: tuple, problems: Problems) -> Encoding:
+    """The encoding of all masks; a refusal ends the check with all problems so far."""
     try:
-        return choose_encoding([*masks.values()], num_classes, ignore_index, labels, declared, own_names)
+        encoding, warnings = choose_encoding([*masks.values()], *settings)
     except EncodingError as error:
-        finding = ". ".join(filter(None, [_mixture(root, masks), error.finding]))
+        finding = ". ".join(filter(None, [_mixture(problems.root, masks), error.finding]))
         problems.add("mask values", "all masks", finding, error.fix)
-        problems.raise_any(warnings)
+        problems.raise_any()
         raise
+    problems.warnings += warnings
+    return encoding
 
 
 def count_classes(

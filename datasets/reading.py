@@ -21,6 +21,9 @@ from . import png, tiff
 from .fitting import Box, fit, place
 from .samples import DataError, Samples, to_bytes, to_image
 
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".apng", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".npy",
+)  # fmt: skip
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF")  # decoders that a file may reach, whatever its name
 MAX_PIXELS = 2**30  # 32,768 x 32,768; above it a file is more likely an attack or an accident than an image
 

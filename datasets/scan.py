@@ -119,7 +119,7 @@ def _scan(file: Path, is_mask: bool, options: ScanOptions) -> dict:
 
 
 def _look_at_image(file: Path, data: bytes, options: ScanOptions) -> dict:
-    """Size, rotation, the range of wide integers, and whether there is anything to see."""
+    """Size, rotation, the range of integers above 8 bits, and how much one value fills."""
     pixels, size, orientation = decode_image(file, data, lambda size: (-(-size[0] // 8), -(-size[1] // 8)))
     wide = wide_maximum(pixels)
     array = channels_of(pixels, options.in_channels, None if wide is None or wide > 65535 else max(255, wide))

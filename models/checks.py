@@ -20,8 +20,8 @@ def check_images(images: Tensor, in_channels: int) -> None:
         )
     if not images.is_floating_point():
         raise ValueError(
-            f"images must be floating point; got {images.dtype}. Convert them with .float(), and normalize them "
-            f"as in training."
+            f"images must be floating point; got {images.dtype}. Convert them with .float(), and normalize "
+            f"them as in training."
         )
     height, width = images.shape[-2:]
     if height < MIN_SIDE or width < MIN_SIDE:

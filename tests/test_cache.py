@@ -255,7 +255,7 @@ def test_a_cache_in_use_is_never_swept(tmp_path, monkeypatch):
     assert not (tmp_path / f"samples-{'c' * 24}").exists()
 
 
-def test_a_picture_is_decoded_once_in_its_life(tmp_path):
+def test_an_image_is_decoded_once_in_its_life(tmp_path):
     pairs = make_pairs(tmp_path, SIZES)
     cached = dataset_of(pairs)
     cached.use_cache("ram", None)

@@ -35,8 +35,8 @@ INDICES = Encoding("indices", 5, 255, (*((i, i) for i in range(5)), (255, 255)))
 
 
 def save(path, array, mode=None, **options):
-    picture = Image.fromarray(array)
-    (picture.convert(mode) if mode else picture).save(path, **options)
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path, **options)
     return path
 
 
@@ -128,7 +128,7 @@ def test_four_inks_are_colours_and_no_alpha(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_picture_and_mask_as_viewers_do(tmp_path, orientation):
+def test_exif_rotates_image_and_mask_as_viewers_do(tmp_path, orientation):
     stored = np.zeros((8, 16), np.uint8)
     stored[:4] = 200
     tags = Image.Exif()
@@ -162,7 +162,7 @@ def test_a_large_jpeg_is_decoded_small_but_never_too_small(tmp_path):
 @pytest.mark.parametrize("resize", ["stretch", "letterbox"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("sides", [(513, 513), (1025, 777), (1281, 963)])
-def test_a_jpeg_decoded_small_lies_where_its_full_picture_does(tmp_path, sides, orientation, resize):
+def test_a_jpeg_decoded_small_lies_where_its_full_image_does(tmp_path, sides, orientation, resize):
     stored = np.zeros(sides, np.uint8)
     stored[sides[0] * 7 // 8 :] = 120  # both edges far from the corner from which the decoder counts
     stored[:, sides[1] * 7 // 8 :] += 120
@@ -175,7 +175,7 @@ def test_a_jpeg_decoded_small_lies_where_its_full_picture_does(tmp_path, sides, 
     assert max(abs(wrong[32].sum()), abs(wrong[:, 32].sum())) / 120 < 0.05  # by so many pixels an edge is off
 
 
-def test_a_picture_above_the_limit_is_refused_by_name(tmp_path, monkeypatch):
+def test_an_image_above_the_limit_is_refused_by_name(tmp_path, monkeypatch):
     path = save(tmp_path / "large.png", RGB)
     monkeypatch.setattr(reading, "MAX_PIXELS", 203)
     with pytest.raises(DataError, match=r"large\.png.*12 x 17.*limit is 203"):
@@ -243,12 +243,12 @@ def test_small_cached_samples_need_no_thread(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("resize", ["stretch", "letterbox", "crop"])
-def test_evaluation_gives_the_whole_picture_and_the_mask_at_its_own_size(tmp_path, resize):
+def test_evaluation_gives_the_whole_image_and_the_mask_at_its_own_size(tmp_path, resize):
     dataset = make_dataset(tmp_path, resize=resize, evaluation=True)
     for index, pair in enumerate(dataset.pairs):
-        image, box, truth = dataset.evaluation_item(index)
-        assert truth.shape == (pair.height, pair.width) == (box.original_height, box.original_width)
-        assert np.array_equal(truth, read_mask(pair.mask))
+        image, box, target = dataset.evaluation_item(index)
+        assert target.shape == (pair.height, pair.width) == (box.original_height, box.original_width)
+        assert np.array_equal(target, read_mask(pair.mask))
         assert np.array_equal(image.permute(1, 2, 0), load_fitted(pair.image, 3, (32, 40), resize)[0])
 
 
@@ -388,7 +388,7 @@ def test_brackets_of_a_folder_that_exists_are_no_pattern(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["tif", "jpg", "png"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_the_size_of_a_turned_picture_is_that_of_its_array(tmp_path, suffix, orientation):
+def test_the_size_of_a_rotated_image_is_that_of_its_array(tmp_path, suffix, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"turned.{suffix}"

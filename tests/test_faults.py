@@ -198,10 +198,10 @@ def test_a_run_out_of_memory_can_be_resumed(settings, monkeypatch):
     assert_same(settings, train.main(settings(resume=str(folder))).folder)
 
 
-def test_a_picture_that_vanishes_while_a_run_goes_on_is_named(settings, data, monkeypatch):
-    picture = data / "train" / "images" / "p5.png"
-    said = met(monkeypatch, settings(cache="off"), 0, lambda run: picture.unlink())
-    assert str(picture) in said
+def test_an_image_that_vanishes_while_a_run_goes_on_is_named(settings, data, monkeypatch):
+    image = data / "train" / "images" / "p5.png"
+    said = met(monkeypatch, settings(cache="off"), 0, lambda run: image.unlink())
+    assert str(image) in said
     assert "start again" in said
 
 
@@ -288,7 +288,7 @@ def test_an_error_that_all_processes_meet_is_printed_by_one(settings, tmp_path):
     assert "error" not in second
 
 
-def test_more_processes_than_a_batch_has_pictures_are_refused_before_anything_is_written(settings, tmp_path):
+def test_more_processes_than_a_batch_has_images_are_refused_before_anything_is_written(settings, tmp_path):
     ranks = start_ranks(settings(batch_size=1), tmp_path, 0, [None, None])
     assert [ended(process) for process in ranks] == [2, 2]
     said = (tmp_path / "log0").read_text()
@@ -297,8 +297,13 @@ def test_more_processes_than_a_batch_has_pictures_are_refused_before_anything_is
 
 
 def stop_in_validation(run):
+<<<<<<< HEAD
     """A signal comes while the next picture is validated."""
     original = run.data.val.evaluation_item
+=======
+    """A signal comes while the next image is validated."""
+    original = run.val_set.evaluation_item
+>>>>>>> work-data
 
     def item(index):
         os.kill(os.getpid(), signal.SIGTERM)

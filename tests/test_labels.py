@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.infer import choose_encoding
 from datasets.labels import Encoding, MaskStats, parse_labels
 from datasets.reading import read_mask
+from datasets.readings import choose_encoding
 
 RNG = np.random.default_rng(0)
 

@@ -399,5 +399,7 @@ def test_the_activation_of_unet_is_one_line_that_changes_no_other_network(monkey
 
 
 def test_images_of_whole_numbers_are_refused_with_what_to_do():
-    with pytest.raises(ValueError, match="must be floating point; got torch.uint8. Convert them with .float()"):
+    with pytest.raises(
+        ValueError, match="must be floating point; got torch.uint8. Convert them with .float()"
+    ):
         build_model("unet", 2, base_channels=4)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))

@@ -23,7 +23,7 @@ COLOURS = ((0, 0, 0), (255, 0, 0), (0, 0, 255))
 EXIF_TURNED = 6
 
 
-def picture(seed=0, size=SIZE, mode="RGB"):
+def image_of(seed=0, size=SIZE, mode="RGB"):
     bands = len(Image.new(mode, (1, 1)).getbands())
     shape = size if bands == 1 else (*size, bands)
     return Image.frombytes(
@@ -50,12 +50,12 @@ def each_mask(root, save):
 
 @pytest.fixture
 def root(tmp_path):
-    """Three pictures to train, two to validate, all well."""
+    """Three images to train, two to validate, all valid."""
     for split, count in (("train", 3), ("val", 2)):
         for kind in ("images", "masks"):
             (tmp_path / "data" / split / kind).mkdir(parents=True)
         for i in range(count):
-            picture(10 * count + i).save(tmp_path / "data" / split / "images" / f"p{i}.png")
+            image_of(10 * count + i).save(tmp_path / "data" / split / "images" / f"p{i}.png")
             save_mask(tmp_path / "data" / split / "masks" / f"p{i}.png")
     return tmp_path / "data"
 
@@ -88,7 +88,7 @@ def flip_byte(path):
 
 def jpeg_photo(root, **options):
     path = replace(root / "train/images/p0.png", root / "train/images/p0.jpg")
-    picture(5, (240, 320)).save(path, **options)
+    image_of(5, (240, 320)).save(path, **options)
     save_mask(root / "train/masks/p0.png", np.zeros((240, 320)))
     return path
 
@@ -104,11 +104,11 @@ def smooth(path, ids):
 
 
 def two_pages(path):
-    picture().save(path, save_all=True, append_images=[picture(1)])
+    image_of().save(path, save_all=True, append_images=[image_of(1)])
 
 
 def turned_photo(root):
-    picture().save(root / "train/images/p0.png", exif=exif(EXIF_TURNED))
+    image_of().save(root / "train/images/p0.png", exif=exif(EXIF_TURNED))
 
 
 def np_image(root, array):
@@ -158,12 +158,12 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {},
         ["val/images", "holds no image"],
     ),
-    "picture without mask": (
+    "image without mask": (
         lambda r: (r / "train/masks/p1.png").unlink(),
         {},
         ["train/images/p1.png", "no mask"],
     ),
-    "mask without picture": (lambda r: (r / "val/images/p0.png").unlink(), {}, ["val/masks/p0.png"]),
+    "mask without image": (lambda r: (r / "val/images/p0.png").unlink(), {}, ["val/masks/p0.png"]),
     "unexpected suffix of most": (
         lambda r: (suffixed(r), (r / "train/masks/p1_gt.png").unlink()),
         {},
@@ -174,13 +174,13 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {"mask_suffix": "_mask"},
         ["train/images/p0.png", "p0_mask"],
     ),
-    "two pictures of a stem": (
-        lambda r: picture().save(r / "train/images/p1.jpg"),
+    "two images of a stem": (
+        lambda r: image_of().save(r / "train/images/p1.jpg"),
         {},
         ["p1.jpg", "same stem"],
     ),
     "two masks of a stem": (lambda r: save_mask(r / "train/masks/p1.bmp"), {}, ["p1.png", "p1.bmp"]),
-    "empty picture file": (
+    "empty image file": (
         lambda r: (r / "train/images/p0.png").write_bytes(b""),
         {},
         ["images/p0.png", "0 bytes"],
@@ -190,13 +190,13 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {},
         ["val/masks/p0.png", "0 bytes"],
     ),
-    "text as picture": (
+    "text as image": (
         lambda r: (r / "train/images/p2.png").write_text("hello"),
         {},
         ["p2.png", "is not a"],
     ),
     "other format": (
-        lambda r: picture().save(r / "train/images/p0.png", format="PPM"),
+        lambda r: image_of().save(r / "train/images/p0.png", format="PPM"),
         {},
         ["images/p0.png"],
     ),
@@ -210,12 +210,12 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         ["p0"],
     ),
     "sizes differ": (
-        lambda r: picture(size=(20, 32)).save(r / "val/images/p1.png"),
+        lambda r: image_of(size=(20, 32)).save(r / "val/images/p1.png"),
         {},
         ["p1.png", "24 x 32", "20 x 32"],
     ),
     "mask is turned": (lambda r: save_mask(r / "train/masks/p0.png", IDS.T), {}, ["p0.png", "is rotated"]),
-    "EXIF turns the picture": (turned_photo, {}, ["p0.png", "EXIF"]),
+    "EXIF turns the image": (turned_photo, {}, ["p0.png", "EXIF"]),
     "value outside": (
         lambda r: save_mask(r / "val/masks/p1.png", IDS + (IDS == 2) * 5),
         {},
@@ -325,7 +325,7 @@ REFUSED = {  # what is wrong: (how to make it, settings, what the message must n
         {"num_classes": 2, "labels": "snap:0=0,255=1"},
         ["p0.npy", "huge"],
     ),
-    "a picture of wide integers": (
+    "a image of wide integers": (
         lambda r: np_image(r, np.random.default_rng(0).integers(0, 256, (*SIZE, 3))),
         {},
         ["p0.npy", "int64", "uint8"],
@@ -462,7 +462,7 @@ def test_a_map_to_start_from_for_damaged_colours_joins_shades_and_snaps(root, su
 
     each_mask(root, save)
     for path in root.glob("*/images/*"):
-        picture(int(path.stem[1:]) + len(str(path.parent)), ids.shape).save(path)
+        image_of(int(path.stem[1:]) + len(str(path.parent)), ids.shape).save(path)
     with pytest.raises(DataError, match="--labels 'snap:") as caught:
         check_data(root, num_classes=3, class_colors=class_colors)
     start = str(caught.value).split("--labels '")[1].split("'")[0]
@@ -525,7 +525,7 @@ def test_many_clean_values_without_a_class_are_not_called_damaged(root):
 
 
 def grey_photo(root, mode, suffix=".png", **options):
-    picture(3, mode=mode).save(
+    image_of(3, mode=mode).save(
         replace(root / "train/images/p0.png", root / f"train/images/p0{suffix}"), **options
     )
 
@@ -535,7 +535,7 @@ def rename(root, old, new):
 
 
 def turned_pair(root):
-    picture(size=(32, 24)).save(root / "train/images/p0.png", exif=exif(EXIF_TURNED))
+    image_of(size=(32, 24)).save(root / "train/images/p0.png", exif=exif(EXIF_TURNED))
 
 
 def turned_both(root):
@@ -678,11 +678,11 @@ HANDLED = {  # what is odd: (how to make it, settings, ids of the first training
         None,
     ),
     "other files": (lambda r: (r / "val/masks/notes.txt").write_text("x"), {}, IDS, "notes.txt"),
-    "grey picture": (lambda r: grey_photo(r, "L"), {}, IDS, None),
-    "palette picture": (lambda r: picture(3).quantize(16).save(r / "train/images/p0.png"), {}, IDS, None),
-    "RGBA picture": (lambda r: grey_photo(r, "RGBA"), {}, IDS, None),
+    "grey image": (lambda r: grey_photo(r, "L"), {}, IDS, None),
+    "palette image": (lambda r: image_of(3).quantize(16).save(r / "train/images/p0.png"), {}, IDS, None),
+    "RGBA image": (lambda r: grey_photo(r, "RGBA"), {}, IDS, None),
     "grey with alpha": (lambda r: grey_photo(r, "LA"), {}, IDS, None),
-    "16-bit picture": (
+    "16-bit image": (
         lambda r: Image.fromarray(np.full(SIZE, 4000, np.uint16)).save(r / "train/images/p0.png"),
         {},
         IDS,
@@ -691,16 +691,16 @@ HANDLED = {  # what is odd: (how to make it, settings, ids of the first training
     "CMYK JPEG": (lambda r: grey_photo(r, "CMYK", ".jpg"), {}, IDS, None),
     "WebP": (lambda r: grey_photo(r, "RGB", ".webp"), {}, IDS, None),
     "BMP": (lambda r: grey_photo(r, "RGB", ".BMP"), {}, IDS, None),
-    "phone's double picture": (
-        lambda r: grey_photo(r, "RGB", ".jpg", format="MPO", save_all=True, append_images=[picture(4)]),
+    "phone's double image": (
+        lambda r: grey_photo(r, "RGB", ".jpg", format="MPO", save_all=True, append_images=[image_of(4)]),
         {},
         IDS,
         None,
     ),
     "EXIF, mask as seen": (turned_pair, {}, IDS, None),
     "EXIF on both": (turned_both, {}, IDS, None),
-    "EXIF upside down": (lambda r: picture().save(r / "train/images/p0.png", exif=exif(3)), {}, IDS, "EXIF"),
-    "float picture": (lambda r: np_image(r, np.random.default_rng(0).random((*SIZE, 3))), {}, IDS, None),
+    "EXIF upside down": (lambda r: image_of().save(r / "train/images/p0.png", exif=exif(3)), {}, IDS, "EXIF"),
+    "float image": (lambda r: np_image(r, np.random.default_rng(0).random((*SIZE, 3))), {}, IDS, None),
     "grey npy": (lambda r: np_image(r, np.zeros(SIZE, np.uint16)), {}, IDS, None),
     "class not in val": (
         lambda r: [save_mask(p, IDS % 2) for p in r.glob("val/masks/*")],
@@ -714,7 +714,7 @@ HANDLED = {  # what is odd: (how to make it, settings, ids of the first training
         IDS % 2,
         "train: no pixel of class 2",
     ),
-    "same picture in both": (
+    "same image in both": (
         lambda r: shutil.copy(r / "train/images/p1.png", r / "val/images/p0.png"),
         {},
         IDS,
@@ -722,7 +722,7 @@ HANDLED = {  # what is odd: (how to make it, settings, ids of the first training
     ),
     "one pixel": (
         lambda r: (
-            picture(size=(1, 1)).save(r / "train/images/p0.png"),
+            image_of(size=(1, 1)).save(r / "train/images/p0.png"),
             save_mask(r / "train/masks/p0.png", [[2]]),
         ),
         {},
@@ -755,8 +755,8 @@ def test_odd_data_gives_the_right_labels(root, what):
     ignore_index = settings.get("ignore_index", 255)
     how = {"encoding": report.encoding, "image_size": SIZE, "ignore_index": ignore_index, "evaluation": True}
     dataset = SegmentationDataset(report.train, threads=1, **how)
-    image, box, truth = dataset.evaluation_item(0)
-    assert np.array_equal(truth.numpy(), np.asarray(ids).astype(truth.numpy().dtype))
+    image, box, target = dataset.evaluation_item(0)
+    assert np.array_equal(target.numpy(), np.asarray(ids).astype(target.numpy().dtype))
     assert image.shape == (3, *SIZE) and (box.original_height, box.original_width) == np.asarray(ids).shape
     valid = np.asarray(ids)[np.asarray(ids) != ignore_index]
     assert report.class_pixels["train"].sum() > 0 and np.isin(valid, range(settings["num_classes"])).all()
@@ -830,7 +830,7 @@ def test_progress_sees_every_file(root):
     assert seen == [(10, "checking data")]
 
 
-def test_truth_is_paired_by_stem_and_checked(root):
+def test_targets_are_paired_by_stem_and_checked(root):
     report = check_data(root, num_classes=3)
     images = find_images(root / "val/images")
     masks = pair_targets(images, root / "val/masks", "", report.encoding)
@@ -862,7 +862,7 @@ def test_little_is_remembered_of_a_lossy_mask(root, tmp_path, labels):
     assert labels == "auto" or sum(stats["counts"]) == IDS.size
 
 
-def test_a_truth_of_lossy_ids_is_refused(root):
+def test_a_target_of_lossy_ids_is_refused(root):
     report = check_data(root, num_classes=3)
     save_mask(replace(root / "val/masks/p0.png", root / "val/masks/p0.jpg"), IDS * 0)
     with pytest.raises(DataError, match=r"p0\.jpg.*is a JPEG"):
