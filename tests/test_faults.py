@@ -297,13 +297,8 @@ def test_more_processes_than_a_batch_has_images_are_refused_before_anything_is_w
 
 
 def stop_in_validation(run):
-<<<<<<< HEAD
-    """A signal comes while the next picture is validated."""
-    original = run.data.val.evaluation_item
-=======
     """A signal comes while the next image is validated."""
-    original = run.val_set.evaluation_item
->>>>>>> work-data
+    original = run.data.val.evaluation_item
 
     def item(index):
         os.kill(os.getpid(), signal.SIGTERM)
