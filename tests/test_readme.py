@@ -175,9 +175,9 @@ def add_model_and_loss(copy):
 def test_the_model_the_loss_and_the_format_that_the_readme_adds_train(copy):
     assert len(NEW_FILES) == 2
     add_model_and_loss(copy)
-    for name, table, entry in (("finding", "SUFFIXES", '".jp2"'), ("reading", "FORMATS", '"JPEG2000"')):
-        assert f"`{entry}`" in TEXT and f"`{table}` (`datasets/{name}.py`)" in TEXT.replace("\n", " ")
-        file = copy / "datasets" / f"{name}.py"
+    file = copy / "datasets" / "reading.py"
+    for table, entry in (("SUFFIXES", '".jp2"'), ("FORMATS", '"JPEG2000"')):
+        assert f"`{entry}`" in TEXT and f"`{table}`" in TEXT
         code = file.read_text(encoding="utf-8")
         file.write_text(code.replace(f"\n{table} = (", f"\n{table} = ({entry}, "), encoding="utf-8")
     picture = copy / "mock_data" / "train" / "images" / "03.png"
