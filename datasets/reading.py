@@ -9,6 +9,7 @@ count only from `.npy` (H, W, C), a TIFF of as many bands, or a TIFF with one gr
 Pillow decodes what it decodes exactly; `tiff.py` and `png.py` decode the rest, or refuse it by name.
 """
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -186,11 +187,11 @@ def open_image(path: Path, data: bytes | None = None) -> Image.Image | Deferred:
     if not head:
         raise DataError("is empty (0 bytes). Copy it again, or remove it.")
     if head[:4] in tiff.MAGIC:
-        data = path.read_bytes() if data is None else data
-        pages = tiff.read_pages(data)
+        content = _mapped(path) if data is None else data
+        pages = tiff.read_pages(content)
         _check_pixels(pages[0].height, pages[0].width)
         if len(pages) > 1 or not pages[0].is_exact_in_pillow:
-            return _defer_tiff(pages, data)
+            return _defer_tiff(pages, content)
     source = path if data is None else BytesIO(data)
     try:
         image = Image.open(source, formats=FORMATS)
@@ -203,6 +204,7 @@ def open_image(path: Path, data: bytes | None = None) -> Image.Image | Deferred:
         kind, depth = png.color_depth(head)
         if png.is_wide(image):
             orientation = orientation_of(image)
+            image.close()
             return Deferred(image.size[::-1], orientation, lambda: png.decode(data or path, orientation))
         if kind == png.GREY and depth in (2, 4) and "transparency" in image.info:
             image.info["transparency"] *= 255 // (2**depth - 1)  # Pillow spreads the pixels, but not this
@@ -214,7 +216,13 @@ def _head(path: Path) -> bytes:
         return file.read(32)
 
 
-def _defer_tiff(pages: list[tiff.Page], data: bytes) -> Deferred:
+def _mapped(path: Path) -> mmap.mmap:
+    """A file as bytes of which only those that are used are read."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _defer_tiff(pages: list[tiff.Page], data: bytes | mmap.mmap) -> Deferred:
     first = pages[0]
     if len(pages) == 1:
         first.refuse_unreadable()

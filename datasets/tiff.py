@@ -5,6 +5,7 @@ bytes for unsigned ones. Files that it reads exactly (`Page.is_exact_in_pillow`)
 reads all other integers and floats of lossless compression; the rest is refused by name.
 """
 
+import mmap
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,6 +15,8 @@ import numpy as np
 from PIL import Image
 
 from .samples import DataError, Samples
+
+Buffer = bytes | mmap.mmap  # a file's content
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 COMPRESSIONS = {
@@ -99,7 +102,7 @@ class Page:
             )
 
 
-def read_pages(data: bytes) -> list[Page]:
+def read_pages(data: Buffer) -> list[Page]:
     """The full images of a file, without the reduced copies and masks that stand beside them.
 
     Raises:
@@ -121,7 +124,7 @@ def read_pages(data: bytes) -> list[Page]:
     return pages
 
 
-def _read_directory(data: bytes, offset: int, order: str, is_big: bool) -> tuple[dict[int, tuple], int]:
+def _read_directory(data: Buffer, offset: int, order: str, is_big: bool) -> tuple[dict[int, tuple], int]:
     """The whole numbers of one directory by tag, and the offset of the next directory."""
     head, entry, room = ("Q", "HHQ", 8) if is_big else ("H", "HHI", 4)
     (count,) = unpack_from(order + head, data, offset)
@@ -185,7 +188,7 @@ def _page(tags: dict[int, tuple], byte_order: str, is_big: bool) -> Page:
     )
 
 
-def decode(page: Page, data: bytes) -> Samples:
+def decode(page: Page, data: Buffer) -> Samples:
     """The samples of a page, exactly, as the file stores them.
 
     Raises:

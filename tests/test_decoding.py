@@ -5,7 +5,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from image_files import write_png, write_tiff
+from image_files import chunk, write_png, write_tiff
 from PIL import Image
 
 from datasets import DataError, read_image, read_mask
@@ -319,6 +319,18 @@ def test_a_png_of_any_depth_and_colour_type_is_read_exactly(tmp_path, depth, col
             tmp_path / "a.png", array, depth, color, interlace=interlace, filters=filters, **gamma
         )
         assert_read(path, scaled(array, depth if depth != 8 else None))
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize(("color", "samples"), [(0, 1), (2, 3), (6, 4)])
+def test_a_rotated_png_of_16_bits_is_put_upright(tmp_path, orientation, color, samples):
+    array = noise("u2", samples)
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    content = tags.tobytes()[6:]  # without "Exif" and two zeros
+    path = write_png(tmp_path / "a.png", array, 16, color, before=chunk(b"eXIf", content))
+    turns = {1: 0, 3: 2, 6: -1, 8: 1}[orientation]
+    assert_read(path, scaled(np.rot90(array, turns)))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
