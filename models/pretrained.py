@@ -46,7 +46,8 @@ def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
     Args:
         model: a network of this package, changed in place.
         source: "imagenet" for torchvision's IMAGENET1K_V1 (from its cache or downloaded), or the path of a
-            state dict with torchvision's names.
+            state dict with torchvision's names; they may have a prefix (`module.`, `backbone.`, `encoder.`),
+            and the state dict may be an entry `state_dict` or `model` of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -60,8 +61,10 @@ def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
         )
     backbone = model.backbone.name
     public = str(source) == "imagenet"
-    weights = fetch_imagenet(backbone) if public else read_file(source, "file of weights", legacy=True)
-    check_weights(weights, str(source))
+    content = fetch_imagenet(backbone) if public else read_file(source, "file of weights", legacy=True)
+    for entry in ("state_dict", "model_state_dict", "model"):  # of a training checkpoint
+        content = content[entry] if isinstance(content.get(entry), dict) else content
+    weights = without_prefix(check_weights(content, str(source)), model)
 
     keys, state = match_names(weights, model), model.state_dict()
     fitting, adapted = fit_shapes({name: weights[key] for name, key in keys.items()}, model, source)
@@ -76,6 +79,18 @@ def load_pretrained(model: nn.Module, source: str | Path) -> PretrainedReport:
         )
     model.load_state_dict(fitting, strict=False)
     return report
+
+
+def without_prefix(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights below the prefix in front of the backbone's first name; all of them without one."""
+    names = list(model.backbone.state_dict())
+    if names[0] in weights:
+        return weights
+    prefixes = {key.removesuffix(names[0]) for key in weights if key.endswith(f".{names[0]}")}
+    if not prefixes:
+        return weights
+    prefix = max(sorted(prefixes), key=lambda prefix: sum(f"{prefix}{name}" in weights for name in names))
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def match_names(weights: dict[str, Tensor], model: nn.Module) -> dict[str, str]:

@@ -223,3 +223,15 @@ def test_a_failed_download_is_reported_with_what_to_do(monkeypatch, tmp_path):
         ValueError, match=r"must download https://.*resnet18.*no route to host.*or set pretrained"
     ):
         load_pretrained(build_model("pspnet", 2, backbone="resnet18"), "imagenet")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "backbone.", "encoder.", "model.encoder.", "module.backbone."])
+@pytest.mark.parametrize("entry", [None, "state_dict", "model"])
+def test_public_weights_are_found_below_the_prefix_that_other_programs_put_in_front(tmp_path, prefix, entry):
+    source = build_model("deeplabv3plus", 2, backbone="resnet18").backbone.state_dict()
+    weights = {prefix + name: value for name, value in source.items()} | {"classifier.weight": torch.zeros(2)}
+    torch.save({entry: weights, "epoch": 3} if entry else weights, tmp_path / "weights.pth")
+    model = build_model("deeplabv3plus", 3, backbone="resnet18")
+    report = load_pretrained(model, tmp_path / "weights.pth")
+    assert len(report.loaded) == len(source) and not report.missing
+    assert torch.equal(model.backbone.layer4[1].conv2.weight, source["layer4.1.conv2.weight"])
