@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+import predict
 import train
 from datasets import sampling
 from datasets.sampling import Loader, evaluation_items, make_loader, prefetch
 from models import prepare_for_inference
 from utils import device as devices
 from utils import distributed, monitor
+from utils.checkpoint import flush_to_disk, write_atomic
 from utils.distributed import Processes
 from utils.ema import Ema
 from utils.inference import Predictor, image_logits, normalize
@@ -316,6 +318,49 @@ def test_one_process_keeps_the_batch_norm_that_takes_a_batch_of_one(settings):
     config = settings(model="deeplabv3plus", base_channels=16, backbone="resnet18", sync_batchnorm=True)
     model = train.place_model(train.build_network(config, fresh=True), config, CPU, Processes())
     assert model.train()(torch.zeros(1, 3, 32, 32)).shape == (1, 2, 32, 32)
+
+
+def test_several_processes_neither_broadcast_buffers_in_each_step_nor_copy_gradients(monkeypatch):
+    asked = {}
+
+    class Wrapper(nn.Module):
+        def __init__(self, model, *, forward_sync_buffers=None, **options):
+            super().__init__()
+            asked.update(options, forward_sync_buffers=forward_sync_buffers)
+
+    monkeypatch.setattr(distributed, "DistributedDataParallel", Wrapper)
+    model = nn.Linear(1, 1)
+    assert distributed.wrap(model, Processes(), CUDA) is model
+    distributed.wrap(model, Processes(world_size=2), CUDA)
+    assert asked == {"device_ids": [0], "gradient_as_bucket_view": True, "forward_sync_buffers": False}
+
+
+def test_a_compiled_network_is_told_that_the_batch_size_varies(settings, monkeypatch):
+    config = settings()
+    run = train.build_run(
+        config, train.check(config), CPU, torch.float32, train.build_network(config, fresh=True)
+    )
+    run.config, marked = settings(compile=True), []
+    monkeypatch.setattr(torch._dynamo, "maybe_mark_dynamic", lambda x, axis: marked.append((x.shape, axis)))
+    train.train_step(run, *run.data.train.batch([(0, 0), (0, 1)]), 0, 0)
+    assert marked == [((2, 3, 32, 32), 0)]
+
+
+@pytest.mark.parametrize(("device", "cores", "threads"), [(CPU, 16, 2), (CUDA, 16, 8), (CUDA, 4, 4)])
+def test_a_gpu_is_fed_by_more_threads_in_prediction(device, cores, threads, monkeypatch):
+    monkeypatch.setattr(predict, "available_cores", lambda: cores)
+    assert predict.default_workers(device) == threads
+
+
+def test_files_of_a_prediction_are_flushed_once_at_the_end_with_each_folder_once(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    paths = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for path in paths:
+        write_atomic(path, lambda file: file.write(b"x"), sync=False)
+    assert not flushed
+    flush_to_disk([*paths, *paths, tmp_path / "gone.txt"])
+    assert len(flushed) == (3 if os.name == "posix" else 2)
 
 
 # --- synchronized batch norm ---
