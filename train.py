@@ -216,17 +216,9 @@ def build_run(
     ema = Ema(model, config.ema_decay) if config.ema_decay else None
     progress = Progress()
     if saved:
-        progress = Progress(**saved["progress"])
         refuse_changed_data(report.fingerprint, saved["fingerprint"], config.data_root, folder)
-        if is_over(config, progress):
-            can_grow = progress.epoch == config.epochs and not depends_on_length(config.scheduler)
-            run_folder.refuse_finished(folder, progress.epoch, can_grow)
+        progress = resumed_progress(config, folder, saved, steps)
         restore_training_state(saved, model, optimizer, schedule, scaler, ema)
-        if progress.step > steps:
-            raise ValueError(f"{folder / 'last.pt'} is damaged: step {progress.step} of {steps}")
-        if progress.best_epoch and not (folder / "best.pt").exists():
-            print("best.pt is missing: the best epoch is searched for again")
-            progress.best, progress.best_epoch = -1.0, 0
     loss_fn = build_criterion(config, report).to(device)
     validator = Validator(
         data.val,
@@ -263,6 +255,20 @@ def build_run(
             config.model, config.num_classes, config.in_channels, **config.model_options
         ),
     )
+
+
+def resumed_progress(config: Config, folder: Path, saved: dict[str, Any], steps_per_epoch: int) -> Progress:
+    """Return how far the run in `folder` has come; refuse one that is finished."""
+    progress = Progress(**saved["progress"])
+    if is_over(config, progress):
+        can_grow = progress.epoch == config.epochs and not depends_on_length(config.scheduler)
+        run_folder.refuse_finished(folder, progress.epoch, can_grow)
+    if progress.step > steps_per_epoch:
+        raise ValueError(f"{folder / 'last.pt'} is damaged: step {progress.step} of {steps_per_epoch}")
+    if progress.best_epoch and not (folder / "best.pt").exists():
+        print("best.pt is missing: the best epoch is searched for again")
+        progress.best, progress.best_epoch = -1.0, 0
+    return progress
 
 
 def build_data(config: Config, report: DataReport, device: torch.device, processes: Processes) -> Data:
